@@ -1,0 +1,124 @@
+"""What the command lines share: one-line errors, clean interruption, whole-or-nothing files.
+
+Imports nothing heavy, so that `evaluate_score.py` starts at once.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+USER_ERROR = 2             # exit code of a mistake that the user can mend
+SIGNAL_EXIT = 128          # the shell's convention: 128 + the signal's number
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: which file (and row), what was expected, what came, what to do."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that `finally` blocks run."""
+
+
+def run(main: Callable[[], None], if_stopped: str) -> None:
+    """Call a script's main() and end the process as the shell expects.
+
+    A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print `if_stopped` (how to
+    go on) and exit with 130 and 143. Anything else is a defect of ours and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        _end(USER_ERROR, f"error: {error}")
+    except BrokenPipeError:            # `| head` closed the pipe: not an error, and nobody left to tell
+        sys.stdout = None
+        sys.exit(SIGNAL_EXIT + signal.SIGPIPE)
+    except OSError as error:
+        _end(USER_ERROR, f"error: {describe(error)}")
+    except KeyboardInterrupt:
+        _end(SIGNAL_EXIT + signal.SIGINT, f"interrupted: {if_stopped}")
+    except Terminated:
+        _end(SIGNAL_EXIT + signal.SIGTERM, f"terminated: {if_stopped}")
+
+
+def describe(error: OSError) -> str:
+    """One line for an error of the operating system: the file, the reason, what to do where that is known."""
+    where = f"{error.filename}: " if error.filename else ""
+    advice = {
+        errno.ENOSPC: "; free some space and run the same command again: finished work is kept",
+        errno.EDQUOT: "; raise the quota and run the same command again: finished work is kept",
+        errno.EROFS: "; choose a folder that can be written",
+        errno.EACCES: "; check its permissions",
+    }.get(error.errno, "")
+    return f"{where}{error.strerror or error}{advice}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names from protocols must not drive a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file beside `path` for writing; rename it to `path` once it is whole and on the disk.
+
+    An exception inside the block removes the partial file and leaves an older `path` as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".part")
+    try:
+        with open(partial, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        try:
+            partial.unlink(missing_ok=True)
+        except OSError:
+            pass                       # the first error is the one worth telling
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def only_one(folder: str | Path) -> Iterator[None]:
+    """Hold `folder` for this process. The kernel drops the lock with its owner, however that one ends.
+
+    Raises InputError where another process holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
+        yield
+
+
+def switch(text: str) -> bool:
+    """`--SAM`, `--SAM True` and `--SAM False` all mean what they say (for argparse's `type`)."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    try:
+        return words[text.lower()]
+    except KeyError:
+        raise ValueError(f"expected True or False, got {text!r}") from None
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise Terminated
+
+
+def _end(code: int, message: str) -> None:
+    print(printable(message), file=sys.stderr)
+    sys.exit(code)
