@@ -4,6 +4,7 @@ Imports nothing heavy, so that `evaluate_score.py` starts at once.
 """
 from __future__ import annotations
 
+import argparse
 import errno
 import fcntl
 import os
@@ -104,6 +105,23 @@ def only_one(folder: str | Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
         yield
+
+
+def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None) -> None:
+    """The options that every script which runs a network shares."""
+    parser.add_argument("--gpu", type=int, metavar="N", help="index of the GPU, -1 for the CPU (default: the first GPU if there is one)")
+    parser.add_argument("--batch_size", type=at_least(1), default=batch_size, metavar="N", help=batch_help)
+    parser.add_argument("--num_workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
+                        help="helpers that read ahead; 0: read in the main process (default: %(default)s)")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number not below `least`."""
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
+        return value
+    return number
 
 
 def switch(text: str) -> bool:

@@ -1,0 +1,499 @@
+"""The feature cache: front-end outputs of a corpus, computed once and read at random while training.
+
+One folder a part and front end, `<features>/<part>/<feat>/`:
+
+    cache.json           what made it: front end, weights, clip length, protocol; shape and type of a row
+    trials.tsv           name, label, source of every row, in the protocol's order
+    features_00000.npy   fixed-stride rows, ROWS_PER_SHARD to a file: numpy.load reads them
+    index.npy            for each row its CRC-32 and a guard word; all zero: not written yet
+    failed.txt           the files that could not be read, if any, and why
+
+Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the index. A
+row is marked only when its bytes are on the disk, and each is checked whenever it is read. Reading is
+positional and sorted by offset, which on random rows beats memory maps several times.
+
+A folder full of the reference's own `.pt` files is read through the same interface.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import threading
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import cli
+import torch_files
+from cli import InputError
+from dataset import FAKE, FEATURE_SHAPES, REAL, Trial
+
+FORMAT = "codecfake-cache-1"
+ROWS_PER_SHARD = 4_096     # 1.7 GB of float16 XLS-R features: 181 files for Codecfake's training set
+DTYPES = {"float16": np.float16, "float32": np.float32}
+NOT_YET, DONE, FAILED, DAMAGED = range(4)
+_GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
+
+
+class Features(Protocol):
+    """What training reads from: one corpus part, or several as one."""
+
+    folder: str
+    names: Sequence[str]
+    labels: np.ndarray                 # (N,) int64, REAL or FAKE
+    shape: tuple[int, int]             # (frames, dim)
+    front_end: dict[str, Any]          # what made it; the reference's files record only the feat
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features (B, frames, dim) as stored, labels (B,). Raises InputError naming a damaged row."""
+
+
+# ── The index ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _guard(rows: np.ndarray, crc: np.ndarray, state: int) -> np.ndarray:
+    """A word that only this row with this checksum and state has, so that no flipped bit in the index goes unseen."""
+    mixed = (rows.astype(np.uint64) * 0x9E3779B1 ^ crc.astype(np.uint64)) * 0x85EBCA6B + _GUARD_BASE[state]
+    return (mixed & 0xFFFFFFFF).astype(np.uint32)
+
+
+def _states(index: np.ndarray) -> np.ndarray:
+    """State of each row of an index (N, 2)."""
+    rows, (crc, guard) = np.arange(len(index)), index.T
+    states = np.full(len(index), DAMAGED)
+    states[(crc == 0) & (guard == 0)] = NOT_YET
+    for state in (FAILED, DONE):
+        states[guard == _guard(rows, crc, state)] = state
+    return states
+
+
+def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
+    """The header numpy would write, so that each file of the cache can be opened with numpy.load."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+# ── Both ends share what a cache consists of ─────────────────────────────────────────────────────
+
+
+class _Layout:
+    """Paths, offsets and the description of one cache."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]):
+        self.folder, self.meta = folder, meta
+        self.rows: int = meta["rows"]
+        self.shape: tuple[int, int] = (meta["frames"], meta["dim"])
+        self.dtype = np.dtype(DTYPES[meta["dtype"]])
+        self.rows_per_shard: int = meta["rows_per_shard"]
+        self.row_bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        self.header_bytes = len(self.header(0))
+        self._open: dict[int, int] = {}
+        self._opening = threading.Lock()
+
+    def shard_path(self, shard: int) -> Path:
+        return self.folder / f"features_{shard:05d}.npy"
+
+    def n_shards(self) -> int:
+        return -(-self.rows // self.rows_per_shard)
+
+    def header(self, shard: int) -> bytes:
+        rows = min(self.rows_per_shard, self.rows - shard * self.rows_per_shard)
+        return _npy_header((rows, *self.shape), self.dtype)
+
+    def shard_size(self, shard: int) -> int:
+        rows = min(self.rows_per_shard, self.rows - shard * self.rows_per_shard)
+        return self.header_bytes + rows * self.row_bytes
+
+    def locate(self, row: int, flags: int) -> tuple[int, int]:
+        """(file descriptor, byte offset) of a row; opens and checks its shard at the first touch."""
+        shard, position = divmod(row, self.rows_per_shard)
+        with self._opening:            # reading threads share the descriptors
+            if shard not in self._open:
+                self._open[shard] = self._open_shard(shard, flags)
+        return self._open[shard], self.header_bytes + position * self.row_bytes
+
+    def _open_shard(self, shard: int, flags: int) -> int:
+        path = self.shard_path(shard)
+        descriptor = os.open(path, flags)
+        if os.fstat(descriptor).st_size != self.shard_size(shard) or \
+                os.pread(descriptor, self.header_bytes, 0) != self.header(shard):
+            os.close(descriptor)
+            raise InputError(f"{path}: damaged, its size or header is not what cache.json says; move the folder "
+                             f"{self.folder} away and run preprocess.py again")
+        return descriptor
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _trials_text(trials: Sequence[Trial]) -> bytes:
+    return "".join(f"{t.name}\t{t.label}\t{t.source}\n" for t in trials).encode()
+
+
+def _sealed(meta: dict[str, Any]) -> int:
+    body = {key: value for key, value in meta.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    path = folder / "cache.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        if meta["format"] != FORMAT or meta["crc32"] != _sealed(meta):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: damaged, or not a feature cache of this program; move the folder away and run "
+                         "preprocess.py again") from None
+    return meta
+
+
+def _read_index(folder: Path, rows: int) -> np.ndarray:
+    path, header = folder / "index.npy", _npy_header((rows, 2), np.uint32)
+    data = path.read_bytes()
+    if len(data) != len(header) + rows * 8 or data[:len(header)] != header:
+        raise InputError(f"{path}: damaged, its size or header is not what cache.json says; move the folder "
+                         f"{folder} away and run preprocess.py again")
+    return np.frombuffer(data, np.uint32, offset=len(header)).reshape(rows, 2).copy()
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class CacheWriter:
+    """Creates a cache or goes on with one. Several processes may write rows of the same cache.
+
+    Args:
+        folder: `<features>/<part>/<feat>`.
+        front_end: all that decides the features' values (`FrontEnd.fingerprint()` and the precision).
+        shape: (frames, dim) of a row.
+        dtype: "float16" or "float32".
+        about: recorded, not compared: weights' name, versions.
+
+    Raises:
+        InputError: the folder holds something else, or a cache made with something else.
+    """
+
+    def __init__(self, folder: str | Path, trials: Sequence[Trial], front_end: dict[str, Any], shape: tuple[int, int],
+                 dtype: str = "float16", about: dict[str, Any] | None = None):
+        self.folder, self.trials = Path(folder), trials
+        text = _trials_text(trials)
+        meta = {"format": FORMAT, "rows": len(trials), "frames": shape[0], "dim": shape[1], "dtype": dtype,
+                "rows_per_shard": ROWS_PER_SHARD, "front_end": front_end,
+                "protocol_sha256": hashlib.sha256(text).hexdigest(), "about": about or {}}
+        if (self.folder / "cache.json").exists():
+            _refuse_other(self.folder, _read_meta(self.folder), meta)
+        else:
+            _create(self.folder, meta | {"crc32": _sealed(meta)}, text)
+        self.layout = _Layout(self.folder, _read_meta(self.folder))
+        self._index = os.open(self.folder / "index.npy", os.O_RDWR)
+        self._index_header = len(_npy_header((len(trials), 2), np.uint32))
+        self._unmarked: dict[int, int] = {}            # row -> CRC-32 of bytes that may not be on the disk yet
+
+    def states(self) -> np.ndarray:
+        """(N,) NOT_YET, DONE, FAILED or DAMAGED (the index entry itself)."""
+        return _states(_read_index(self.folder, len(self.trials)))
+
+    def write(self, rows: Sequence[int], features: np.ndarray) -> None:
+        """Store features (B, frames, dim) float32 as these rows.
+
+        Raises:
+            InputError: a value that is not finite in the cache's type.
+        """
+        with np.errstate(over="ignore"):
+            stored = np.ascontiguousarray(features, dtype=self.layout.dtype)
+        for row, feature, original in zip(rows, stored, features):
+            if not np.isfinite(feature).all():
+                raise InputError(f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, which "
+                                 f"{self.layout.dtype} cannot hold; give --dtype float32, or check the file")
+            descriptor, offset = self.layout.locate(row, os.O_RDWR)
+            _write_all(descriptor, feature, offset, self.layout.shard_path(row // self.layout.rows_per_shard))
+            self._unmarked[row] = zlib.crc32(feature)
+
+    def unmarked(self) -> int:
+        """Rows written since the last flush."""
+        return len(self._unmarked)
+
+    def flush(self) -> None:
+        """Bring written rows to the disk, then mark them as done."""
+        for shard in {row // self.layout.rows_per_shard for row in self._unmarked}:
+            os.fdatasync(self.layout._open[shard])
+        rows = np.array(sorted(self._unmarked), dtype=np.int64)
+        crc = np.array([self._unmarked[row] for row in rows], dtype=np.uint32)
+        self._mark(rows, np.stack([crc, _guard(rows, crc, DONE)], axis=1))
+        self._unmarked.clear()
+
+    def mark_failed(self, rows: Sequence[int]) -> None:
+        """These trials have no feature; training leaves them out, a later run tries them again."""
+        rows, zero = np.asarray(rows, dtype=np.int64), np.zeros(len(rows), np.uint32)
+        self._mark(rows, np.stack([zero, _guard(rows, zero, FAILED)], axis=1))
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Mark rows as not written yet, so that the next run makes them anew."""
+        self._mark(np.asarray(rows, dtype=np.int64), np.zeros((len(rows), 2), np.uint32))
+
+    def write_failures(self, reasons: dict[int, str]) -> None:
+        """List the failed trials in failed.txt; remove the list where there are none."""
+        path = self.folder / "failed.txt"
+        if not reasons:
+            path.unlink(missing_ok=True)
+            return
+        with cli.replacing(path) as file:
+            file.writelines(f"{self.trials[row].name}\t{cli.printable(reason)}\n" for row, reason in sorted(reasons.items()))
+
+    def close(self) -> None:
+        self.flush()
+        self.layout.close()
+        os.close(self._index)
+
+    def _mark(self, rows: np.ndarray, entries: np.ndarray) -> None:
+        runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
+        for run in runs:
+            if len(run):
+                _write_all(self._index, np.ascontiguousarray(entries[run]), self._index_header + int(rows[run[0]]) * 8,
+                           self.folder / "index.npy")
+        os.fdatasync(self._index)
+
+
+def _write_all(descriptor: int, array: np.ndarray, offset: int, path: Path) -> None:
+    data = memoryview(array).cast("B")
+    try:
+        while data:
+            written = os.pwrite(descriptor, data, offset)
+            data, offset = data[written:], offset + written
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
+    """Lay the files out, empty; cache.json comes last, so that a folder that has it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [name for name in sorted(os.listdir(folder))
+               if not re.fullmatch(r"\.lock|trials\.tsv|index\.npy|failed\.txt|features_\d{5}\.npy|.+\.part", name)]
+    if foreign:
+        raise InputError(f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a folder of the "
+                         "reference's .pt files can be trained as it is, a new cache needs a folder of its own (-f)")
+    layout = _Layout(folder, meta)
+    needed, free = layout.rows * layout.row_bytes, os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    if needed > free:
+        raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+                         "space or choose another disk with -f")
+    with cli.replacing(folder / "trials.tsv", "wb") as file:
+        file.write(trials_text)
+    for shard in range(layout.n_shards()):
+        with cli.replacing(layout.shard_path(shard), "wb") as file:
+            file.write(layout.header(shard))
+            file.truncate(layout.shard_size(shard))
+    with cli.replacing(folder / "index.npy", "wb") as file:
+        file.write(_npy_header((layout.rows, 2), np.uint32))
+        file.truncate(file.tell() + layout.rows * 8)
+    with cli.replacing(folder / "cache.json") as file:
+        json.dump(meta, file, indent=1)
+
+
+def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise where an existing cache was made with something else than what is wanted now."""
+    flat_found, flat_wanted = found | found["front_end"], wanted | wanted["front_end"]
+    for key, value in flat_wanted.items():
+        if key not in ("front_end", "about", "rows_per_shard", "format") and flat_found.get(key) != value:
+            raise InputError(f"{folder}: holds a cache with {key} {flat_found.get(key)!r}, this run would make "
+                             f"{value!r}; choose another folder with -f, or move the old cache away")
+
+
+# ── Reading ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class FeatureCache:
+    """The readable rows of a cache written by CacheWriter."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+        self.folder = str(folder)
+        self.meta = _read_meta(self.path)
+        self.layout = _Layout(self.path, self.meta)
+        self.shape, self.front_end = self.layout.shape, self.meta["front_end"]
+        self.index = _read_index(self.path, self.layout.rows)
+        self.states = _states(self.index)
+        self.all_names, self.all_labels = self._read_trials()
+        self.usable = np.flatnonzero(self.states == DONE)
+        self.labels = self.all_labels[self.usable]
+        self.names = [self.all_names[row] for row in self.usable]
+
+    def _read_trials(self) -> tuple[list[str], np.ndarray]:
+        path = self.path / "trials.tsv"
+        text = path.read_bytes()
+        if hashlib.sha256(text).hexdigest() != self.meta["protocol_sha256"]:
+            raise InputError(f"{path}: damaged, it is not the list that cache.json was made with; move the folder "
+                             f"{self.folder} away and run preprocess.py again")
+        fields = [line.split("\t") for line in text.decode().splitlines()]
+        return [field[0] for field in fields], np.array([int(field[1]) for field in fields], dtype=np.int64)
+
+    def require_complete(self) -> None:
+        """Raise InputError while rows are not written yet or their index entries are damaged."""
+        for state, what, remedy in ((NOT_YET, "not extracted yet", ""), (DAMAGED, "damaged in index.npy", " --verify --repair")):
+            if count := int((self.states == state).sum()):
+                raise InputError(f"{self.folder}: {count} of {len(self.states)} rows are {what}; run preprocess.py{remedy} "
+                                 "with the same options to finish it")
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        own = self.usable[rows]
+        out = np.empty((len(own), *self.shape), self.layout.dtype)
+        for position in np.argsort(own, kind="stable"):
+            if not self._read_row(int(own[position]), out[position]):
+                raise InputError(f"{self.layout.shard_path(own[position] // self.layout.rows_per_shard)}: row "
+                                 f"{own[position]} ({self.all_names[own[position]]}) is damaged; run preprocess.py "
+                                 "--verify --repair with the options that made the cache")
+        return torch.from_numpy(out), torch.from_numpy(self.labels[rows])
+
+    def damaged_rows(self, progress: Iterable[int] | None = None) -> list[int]:
+        """Every row whose bytes or index entry are not what was written.
+
+        Args:
+            progress: the rows in order, wrapped by the caller in a progress bar.
+        """
+        buffer = np.empty(self.shape, self.layout.dtype)
+        return [row for row in (range(self.layout.rows) if progress is None else progress)
+                if self.states[row] == DAMAGED or (self.states[row] == DONE and not self._read_row(row, buffer))]
+
+    def _read_row(self, row: int, out: np.ndarray) -> bool:
+        """Fill `out` with the row's bytes; False where they are not those that were written."""
+        descriptor, offset = self.layout.locate(row, os.O_RDONLY)
+        data = memoryview(out).cast("B")
+        while data:
+            count = os.preadv(descriptor, [data], offset)
+            if count == 0:
+                return False
+            data, offset = data[count:], offset + count
+        return zlib.crc32(out) == self.index[row, 0]
+
+
+class ReferenceFeatures:
+    """A folder of the reference's own files, one pickled tensor a clip.
+
+    `%06d_<name>_<real|fake>.pt` for Codecfake, `%05d_<utterance>_<attack>_<bonafide|spoof>.pt` for 19LA: names
+    hold underscores of their own, so the label is what follows the last one.
+    """
+
+    _NAME = re.compile(r"\d+_(.+)_(real|fake|bonafide|spoof)\.pt")
+    _LARGEST = 2**22       # bytes; the reference's own take 824,774
+
+    def __init__(self, folder: str | Path, feat: str):
+        self.folder, self.front_end, self.shape = str(folder), {"feat": feat}, FEATURE_SHAPES[feat]
+        self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
+        matches = [self._NAME.fullmatch(name) for name in self.files]
+        if None in matches:
+            raise InputError(f"{folder}/{self.files[matches.index(None)]}: expected the reference's "
+                             "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof")
+        self.names = [match[1] for match in matches]
+        self.labels = np.array([REAL if match[2] in ("real", "bonafide") else FAKE for match in matches], dtype=np.int64)
+
+    def require_complete(self) -> None:
+        """The reference's folders do not say how many files belong to them."""
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]), \
+            torch.from_numpy(self.labels[rows])
+
+    def _read_file(self, path: str) -> Tensor:
+        if os.path.getsize(path) > self._LARGEST:
+            raise InputError(f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes")
+        tensor = torch_files.load(path)
+        frames, dim = self.shape
+        # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201, 1024).
+        expected = (1, dim, frames) if self.front_end["feat"] == "mel" else (1, frames, dim)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}")
+        feature = tensor[0].detach().float()
+        feature = feature.T if self.front_end["feat"] == "mel" else feature
+        if not torch.isfinite(feature).all():
+            raise InputError(f"{path}: holds values that are not finite; make the file again or take it out")
+        return feature.contiguous()
+
+
+class JoinedFeatures:
+    """Several parts as one; rows of the second are numbered on from the first's."""
+
+    def __init__(self, parts: Sequence[FeatureCache | ReferenceFeatures]):
+        self.parts = list(parts)
+        self.sizes = [len(part.labels) for part in parts]
+        self.shape, self.front_end = parts[0].shape, parts[0].front_end
+        self.folder = " + ".join(part.folder for part in parts)
+        self.labels = np.concatenate([part.labels for part in parts])
+        self._starts = np.cumsum([0, *self.sizes])
+
+    def name(self, row: int) -> str:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.parts[part].names[row - self._starts[part]]
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        if (which == which[0]).all():
+            return self.parts[which[0]].read(rows - self._starts[which[0]])
+        features = torch.empty(len(rows), *self.shape)
+        for number, part in enumerate(self.parts):
+            mine = np.flatnonzero(which == number)
+            if len(mine):
+                features[mine] = part.read(rows[mine] - self._starts[number])[0].float()
+        return features, torch.from_numpy(self.labels[rows])
+
+
+def open_features(root: str | Path, part: str, feat: str) -> FeatureCache | ReferenceFeatures:
+    """The complete features of one part, ours or the reference's.
+
+    Raises:
+        InputError: none there, not finished, or made with another front end.
+    """
+    folder = Path(root) / part / feat
+    if not folder.is_dir():
+        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        found = f"found {', '.join(others)} there" if others else f"found no features under {folder.parent}"
+        raise InputError(f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
+                         "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/")
+    if (folder / "cache.json").exists():
+        features = FeatureCache(folder)
+    elif any(name.endswith(".pt") for name in os.listdir(folder)):
+        features = ReferenceFeatures(folder, feat)
+    else:
+        raise InputError(f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py")
+    features.require_complete()
+    if features.front_end["feat"] != feat or features.shape[0] != FEATURE_SHAPES[feat][0]:
+        raise InputError(f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}")
+    if not len(features.labels):
+        raise InputError(f"{folder}: holds no readable row")
+    return features
+
+
+def read_ahead(features: Features, batches: Sequence[np.ndarray], threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of each batch in order, read by `threads` threads while the caller computes.
+
+    Threads, not processes: reading and checking release the interpreter, and nothing has to be copied
+    between processes. 0 reads in the caller's own thread.
+    """
+    if threads == 0:
+        yield from map(features.read, batches)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        try:
+            for rows in batches:
+                waiting.append(pool.submit(features.read, rows))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for task in waiting:
+                task.cancel()

@@ -1,0 +1,193 @@
+"""Compute the front end's features of a corpus once and cache them on disk.
+
+    python preprocess.py                        # Codecfake, xls-r-5, train and dev
+    python preprocess.py -t 19LA --feat mel
+    python preprocess.py --verify               # read a cache back; with --repair redo what is damaged
+
+Reads the protocols and audio under -d, writes `<features>/{train,dev}/<feat>/` (see feature_cache.py).
+Stopped at any moment, the same command goes on where it was.
+"""
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchaudio
+import transformers
+from tqdm import tqdm
+
+import cli
+import dataset
+import model
+from cli import InputError
+from dataset import Trial
+from feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
+
+FLUSH_EVERY = 256          # rows; at most so many are computed again after a kill
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-t", "--task", choices=("codecfake", "19LA"), default="codecfake", help="the corpus (default: %(default)s)")
+    parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="its folder (default: data/Codecfake or data/LA)")
+    parser.add_argument("-f", "--path_to_features", type=Path, metavar="DIR", help="where Codecfake's features go (default: features/Codecfake)")
+    parser.add_argument("-f1", "--path_to_features1", type=Path, metavar="DIR", help="where 19LA's features go (default: features/LA)")
+    parser.add_argument("--feat", choices=tuple(dataset.FEATURE_SHAPES), default="xls-r-5", help="front end (default: %(default)s)")
+    parser.add_argument("--ssl", default=model.DEFAULT_SSL, metavar="ID|DIR", help="wav2vec 2.0 weights: hub id or local folder (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="type of the stored values (default: %(default)s)")
+    parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the front end (default: %(default)s)")
+    parser.add_argument("--verify", action="store_true", help="check every row of an existing cache instead")
+    parser.add_argument("--repair", action="store_true", help="with --verify: extract the damaged rows anew")
+    parser.add_argument("--skip_missing", action="store_true", help="go on without files that the protocol names but that are absent")
+    parser.add_argument("--max_failed", type=float, default=0.1, metavar="PERCENT", help="stop when more of the files cannot be read (default: %(default)s %%)")
+    cli.add_compute_options(parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.verify:
+        damaged = {part: verify(args.features / part / args.feat) for part in ("train", "dev")}
+        if not args.repair:
+            if any(damaged.values()):
+                raise InputError("the cache is damaged as listed above; add --repair to extract those rows anew")
+            return
+    device = model.pick_device(args.gpu)
+    model.set_precision(args.precision)
+    corpus = {part: readable_trials(args, part) for part in ("train", "dev")}
+    front_end = model.load_frontend(args.feat, args.ssl).to(device)
+    for part, (trials, absent) in corpus.items():
+        folder = args.features / part / args.feat
+        with cli.only_one(folder):
+            writer = open_cache(args, folder, trials, front_end)
+            if args.verify:
+                writer.forget(damaged[part])
+            try:
+                extract(args, part, writer, front_end, absent, device)
+            finally:
+                writer.close()
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, with `features` the folder that this task writes to."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.repair and not args.verify:
+        parser.error("--repair goes with --verify")
+    if args.task == "19LA" and args.path_to_features and not args.path_to_features1:
+        parser.error("-t 19LA writes to -f1; -f is Codecfake's folder")
+    if args.task == "codecfake":
+        args.path_to_database = args.path_to_database or Path("data/Codecfake")
+        args.features = args.path_to_features or Path("features/Codecfake")
+    else:
+        args.path_to_database = args.path_to_database or Path("data/LA")
+        args.features = args.path_to_features1 or Path("features/LA")
+    return args
+
+
+def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
+    """The part's trials and the rows whose files are absent, which --skip_missing has to allow."""
+    trials = dataset.read_protocol(args.task, args.path_to_database, part)
+    missing = dataset.find_missing(trials)
+    if missing:
+        line = dataset.describe_missing(missing, len(trials))
+        if not args.skip_missing or len(missing) == len(trials):
+            raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
+        print(f"note: {line}; going on without them")
+    absent = set(missing)
+    return trials, {row for row, trial in enumerate(trials) if trial in absent}
+
+
+def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> CacheWriter:
+    shape = (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
+    about = {"ssl": getattr(front_end, "ssl", None), "torch": torch.__version__, "torchaudio": torchaudio.__version__,
+             "transformers": transformers.__version__}
+    return CacheWriter(folder, trials, front_end.fingerprint() | {"precision": args.precision}, shape, args.dtype, about)
+
+
+def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end: model.FrontEnd, absent: set[int],
+            device: torch.device) -> None:
+    """Compute and store every row that the cache does not hold yet."""
+    trials, done = writer.trials, writer.states() == DONE
+    size = args.batch_size or (32 if device.type == "cuda" else 8)
+    todo = np.flatnonzero(~done)
+    # Batches stay aligned to the protocol, so that a resumed run computes what an uninterrupted one would.
+    batches = [[row for row in range(first, min(first + size, len(trials))) if row not in absent]
+               for first in sorted({row // size * size for row in todo.tolist()})]
+    failures = {row: "absent" for row in absent}
+    allowed = int(len(trials) * args.max_failed / 100) + len(absent)
+    rates: Counter = Counter()
+    print(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done -> {writer.folder}")
+    with tqdm(total=len(todo), unit="clip", disable=not len(todo), desc=part) as bar, ThreadPoolExecutor(1) as disk:
+        writing: Future | None = None
+        for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in batches if b], args.num_workers):
+            features = compute(front_end, batch.clips, size, args.precision, device)
+            failures |= batch.failures
+            if len(failures) > allowed:
+                raise InputError(f"{len(failures)} of {len(trials)} files cannot be read, more than --max_failed "
+                                 f"{args.max_failed:g} %; the first: {next(iter(failures.values() - {'absent'}))}")
+            wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
+            if writing:
+                writing.result()
+            writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features[wanted], list(batch.failures))
+            rates += batch.rates
+            bar.update(len(wanted) + len(batch.failures))
+        if writing:
+            writing.result()
+    writer.mark_failed(sorted(absent))
+    writer.flush()
+    writer.write_failures(failures)
+    report(writer, failures, rates)
+
+
+def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, precision: str, device: torch.device) -> np.ndarray:
+    """Features (B, frames, dim) float32 of clips (B, 64600).
+
+    A short batch is filled up with silence: one shape throughout, so that a row's bytes depend neither on
+    the clips beside it nor on how often the run was interrupted.
+    """
+    full = torch.zeros(size, dataset.CLIP_SAMPLES)
+    full[:len(clips)] = clips
+    with torch.inference_mode(), model.autocast(precision, device):
+        return front_end(full.to(device))[:len(clips)].float().cpu().numpy()
+
+
+def store(writer: CacheWriter, rows: list[int], features: np.ndarray, failed: list[int]) -> None:
+    writer.write(rows, features)
+    writer.mark_failed(sorted(failed))
+    if writer.unmarked() >= FLUSH_EVERY:
+        writer.flush()
+
+
+def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> None:
+    if note := dataset.describe_rates(rates):
+        print(note)
+    if failures:
+        print(f"note: {len(failures)} files have no features and will not be trained on; {writer.folder / 'failed.txt'} lists them")
+    layout = writer.layout
+    print(f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {layout.shape[0]} x {layout.shape[1]} {layout.dtype}, "
+          f"{layout.rows * layout.row_bytes / 1e9:.2f} GB")
+
+
+def verify(folder: Path) -> list[int]:
+    """Read every row back; print and return those that are damaged."""
+    if not (folder / "cache.json").exists():
+        raise InputError(f"{folder}: no feature cache to verify; run preprocess.py without --verify first")
+    cache = FeatureCache(folder)
+    damaged = cache.damaged_rows(tqdm(range(len(cache.states)), unit="row", desc=f"verify {folder.parent.name}"))
+    cache.layout.close()
+    for row in damaged:
+        print(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
+    counts = {what: int((cache.states == state).sum()) for state, what in ((NOT_YET, "not extracted yet"), (FAILED, "failed"))}
+    print(f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
+          + "".join(f", {count} {what}" for what, count in counts.items() if count))
+    return damaged
+
+
+if __name__ == "__main__":
+    cli.run(main, if_stopped="run the same command again to go on; finished rows are kept")
