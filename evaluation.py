@@ -1,0 +1,185 @@
+"""From folders of score files to one result for each model and subset."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import bootstrap
+import eval_metrics
+from cli import InputError
+from eval_metrics import OperatingPoint, Scores
+
+TASKS = {                  # task -> its subsets, as score files name them
+    "19LA": ("19LA",),
+    "ITW": ("ITW",),
+    "codecfake": ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "A1", "A2", "A3"),
+}
+SUBSETS = tuple(subset for subsets in TASKS.values() for subset in subsets)
+ALIASES = {"L1": "A1", "L2": "A2", "L3": "A3", "IWA": "ITW"}       # names in the published results
+
+AVERAGED = {               # the paper's averages and what they are the mean of
+    "CAVG": ("C1", "C2", "C3", "C4", "C5", "C6", "C7"),
+    "AVG": ("19LA", "ITW", "C1", "C2", "C3", "C4", "C5", "C6", "C7"),
+}
+COLUMNS = ("19LA", "ITW", *AVERAGED["CAVG"], "CAVG", "A1", "A2", "A3", "AVG")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder of score files."""
+
+    name: str
+    folder: Path
+    files: dict[str, Path]     # subset -> score file, in the order of SUBSETS
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The 95 % interval of an EER, in percent."""
+
+    low: float
+    high: float
+    unit: str                  # what was resampled: "source utterance" or "trial"
+    rule_of_three: bool        # no error was seen: `high` is 3 / n, not the bootstrap's
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model on one subset. Error rates in percent."""
+
+    model: str
+    subset: str
+    file: Path
+    real: np.ndarray           # scores
+    fake: np.ndarray
+    point: OperatingPoint | None       # where the EER is; None where there is none
+    interval: Interval | None
+    note: str | None           # why there is no EER
+    extra: dict[str, object] = field(default_factory=dict)     # what further analyses found, for JSON
+
+    @property
+    def eer(self) -> float | None:
+        return self.point and 100 * self.point.eer
+
+    @property
+    def inverted(self) -> bool:
+        """Whether the scores point the wrong way: the paper then prints 100 - EER."""
+        return self.point is not None and self.point.eer > 0.5
+
+    @property
+    def eer_paper(self) -> float | None:
+        return self.eer if not self.inverted else 100 - self.eer
+
+    def record(self) -> dict[str, object]:
+        """The result for JSON: no NaN in it, absent figures are None."""
+        record: dict[str, object] = {
+            "model": self.model, "subset": self.subset, "n_real": len(self.real), "n_fake": len(self.fake),
+            "eer": self.eer, "eer_paper": self.eer_paper, "inverted": self.inverted,
+            "threshold": self.point and self.point.threshold, "file": str(self.file),
+        }
+        if self.point:
+            record |= {"false_rejections": self.point.false_rejections, "false_acceptances": self.point.false_acceptances}
+        if self.interval:
+            record |= {"interval": [self.interval.low, self.interval.high], "resampled_by": self.interval.unit,
+                       "interval_by": "rule of three" if self.interval.rule_of_three else "bootstrap"}
+        if self.note:
+            record["note"] = self.note
+        return record | self.extra
+
+
+# ── Finding score files ──────────────────────────────────────────────────────────────────────────
+
+
+def find_models(folders: Iterable[str | Path], subsets: Sequence[str] = SUBSETS) -> list[Model]:
+    """A model for each folder that holds score files, and for each of its sub-folders that does.
+
+    Raises InputError for a folder that is absent or leads to no score file, and where a subset has two
+    files under different names.
+    """
+    models = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
+                             "generate_score.py writes them")
+        places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
+        found = [Model(place.resolve().name, place, files) for place in places if (files := _score_files(place, subsets))]
+        if not found:
+            raise InputError(f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; expected names "
+                             f"such as {subsets[0]}_result.txt; generate_score.py writes them")
+        models += found
+    return _distinctly_named(models)
+
+
+def _score_files(folder: Path, subsets: Sequence[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.txt")):
+        name = path.stem.removesuffix("_result")
+        subset = ALIASES.get(name, name)
+        if subset not in subsets:
+            continue
+        if subset in files:
+            raise InputError(f"{folder}: both {files[subset].name} and {path.name} are scores of {subset}; keep one of them")
+        files[subset] = path
+    return {subset: files[subset] for subset in SUBSETS if subset in files}
+
+
+def _distinctly_named(models: list[Model]) -> list[Model]:
+    """Folders of one name are told apart by their paths; a folder given twice counts once."""
+    unique = list({model.folder.resolve(): model for model in models}.values())
+    names = [model.name for model in unique]
+    return [model if names.count(model.name) == 1 else Model(str(model.folder), model.folder, model.files) for model in unique]
+
+
+# ── Evaluating ───────────────────────────────────────────────────────────────────────────────────
+
+
+def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> list[Result]:
+    """A result for each of the model's score files. Without resamples there are no intervals."""
+    return [evaluate_trials(model.name, subset, path, eval_metrics.read_scores(path), n_resamples, seed)
+            for subset, path in model.files.items()]
+
+
+def evaluate_trials(model: str, subset: str, file: Path, trials: Scores, n_resamples: int, seed: int) -> Result:
+    """The result of one model on the given trials of one subset."""
+    real, fake = trials.real, trials.fake
+    if not len(real) or not len(fake):
+        return Result(model, subset, file, real, fake, None, None, _why_no_eer(subset, len(real), len(fake)))
+    point = eval_metrics.find_eer_point(real, fake)
+    interval = estimate_interval(trials, subset, point, n_resamples, seed) if n_resamples else None
+    return Result(model, subset, file, real, fake, point, interval, None)
+
+
+def estimate_interval(trials: Scores, subset: str, point: OperatingPoint, n_resamples: int, seed: int) -> Interval:
+    """Bootstrap interval of the EER; where nothing went wrong, up to the rule of three's bound."""
+    clusters, unit = bootstrap.find_clusters(trials.names, subset)
+    if not point.false_rejections and not point.false_acceptances:
+        fewest = min(np.sum(trials.is_real), np.sum(~trials.is_real))
+        return Interval(0.0, 100 * eval_metrics.rule_of_three(int(fewest)), unit, rule_of_three=True)
+    eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)[:, 0]
+    low, high = bootstrap.interval(eers)
+    return Interval(100 * low, 100 * high, unit, rule_of_three=False)
+
+
+def _why_no_eer(subset: str, n_real: int, n_fake: int) -> str:
+    if not n_real and not n_fake:
+        return "the score file is empty"
+    why = f"only {'fake' if n_fake else 'real'} trials ({n_fake or n_real}), and an EER needs both classes"
+    if subset == "A3" and n_fake:
+        why += "; A3's real files are not distributed (copyright)"
+    return why
+
+
+def average(results: Sequence[Result], name: str) -> float | None:
+    """CAVG or AVG of one model's results as the paper takes it: the mean of its figures, inverted ones too."""
+    figures = {result.subset: result.eer_paper for result in results}
+    parts = [figures.get(subset) for subset in AVERAGED[name]]
+    return None if None in parts else float(np.mean(parts))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
