@@ -6,6 +6,7 @@ features have a room of their own, `feature_cache.py`.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 import stat
@@ -323,6 +324,7 @@ class ClipBatch:
     clips: Tensor                # (len(rows), 64600) float32
     rates: Counter               # sampling rate in Hz -> number of files
     failures: dict[int, str]     # row -> one line saying what is wrong with its file
+    digests: list[bytes]         # of the samples: clips with the same one are the same clip
 
 
 class _Clips(torch.utils.data.Dataset):
@@ -333,7 +335,7 @@ class _Clips(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitems__(self, rows: list[int]) -> ClipBatch:
-        good, clips, rates, failures = [], [], Counter(), {}
+        good, clips, rates, failures, digests = [], [], Counter(), {}, []
         for row in rows:
             try:
                 clip, rate = _load_clip(self.paths[row])
@@ -343,7 +345,8 @@ class _Clips(torch.utils.data.Dataset):
             good.append(row)
             clips.append(clip)
             rates[rate] += 1
-        return ClipBatch(good, torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES), rates, failures)
+            digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
+        return ClipBatch(good, torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES), rates, failures, digests)
 
 
 def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[ClipBatch]:

@@ -53,6 +53,7 @@ class Features(Protocol):
     labels: np.ndarray                 # (N,) int64, REAL or FAKE
     shape: tuple[int, int]             # (frames, dim)
     front_end: dict[str, Any]          # what made it; the reference's files record only the feat
+    about: dict[str, Any]              # recorded beside it, not compared: where the weights came from, versions
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features (B, frames, dim) as stored, labels (B,). Raises InputError naming a damaged row."""
@@ -323,7 +324,7 @@ class FeatureCache:
         self.folder = str(folder)
         self.meta = _read_meta(self.path)
         self.layout = _Layout(self.path, self.meta)
-        self.shape, self.front_end = self.layout.shape, self.meta["front_end"]
+        self.shape, self.front_end, self.about = self.layout.shape, self.meta["front_end"], self.meta["about"]
         self.index = _read_index(self.path, self.layout.rows)
         self.states = _states(self.index)
         self.all_names, self.all_labels = self._read_trials()
@@ -346,6 +347,12 @@ class FeatureCache:
             if count := int((self.states == state).sum()):
                 raise InputError(f"{self.folder}: {count} of {len(self.states)} rows are {what}; run preprocess.py{remedy} "
                                  "with the same options to finish it")
+
+    def check_protocol(self, trials: Sequence[Trial]) -> None:
+        """Raise InputError where the cache was made from another list of trials."""
+        if hashlib.sha256(_trials_text(trials)).hexdigest() != self.meta["protocol_sha256"]:
+            raise InputError(f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one given "
+                             f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another folder")
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         own = self.usable[rows]
@@ -390,7 +397,7 @@ class ReferenceFeatures:
     _LARGEST = 2**22       # bytes; the reference's own take 824,774
 
     def __init__(self, folder: str | Path, feat: str):
-        self.folder, self.front_end, self.shape = str(folder), {"feat": feat}, FEATURE_SHAPES[feat]
+        self.folder, self.front_end, self.about, self.shape = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat]
         self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         matches = [self._NAME.fullmatch(name) for name in self.files]
         if None in matches:
@@ -401,6 +408,14 @@ class ReferenceFeatures:
 
     def require_complete(self) -> None:
         """The reference's folders do not say how many files belong to them."""
+
+    def check_protocol(self, trials: Sequence[Trial]) -> None:
+        """Raise InputError where a file is of no trial or has another label."""
+        labels = {trial.name: trial.label for trial in trials}
+        for file, name, label in zip(self.files, self.names, self.labels):
+            utterance = name if name in labels else name.rpartition("_")[0]    # 19LA's carry the attack behind the name
+            if labels.get(utterance) != label:
+                raise InputError(f"{self.folder}/{file}: the protocol given with -d has no such trial with that label")
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         return torch.stack([self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]), \
@@ -429,7 +444,7 @@ class JoinedFeatures:
     def __init__(self, parts: Sequence[FeatureCache | ReferenceFeatures]):
         self.parts = list(parts)
         self.sizes = [len(part.labels) for part in parts]
-        self.shape, self.front_end = parts[0].shape, parts[0].front_end
+        self.shape, self.front_end, self.about = parts[0].shape, parts[0].front_end, parts[0].about
         self.folder = " + ".join(part.folder for part in parts)
         self.labels = np.concatenate([part.labels for part in parts])
         self._starts = np.cumsum([0, *self.sizes])

@@ -13,12 +13,11 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchaudio
-import transformers
 from tqdm import tqdm
 
 import cli
@@ -105,8 +104,8 @@ def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], s
 
 def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> CacheWriter:
     shape = (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
-    about = {"ssl": getattr(front_end, "ssl", None), "torch": torch.__version__, "torchaudio": torchaudio.__version__,
-             "transformers": transformers.__version__}
+    about = {"ssl": getattr(front_end, "ssl", None),
+             **{package: version(package) for package in ("torch", "torchaudio", "transformers", "soundfile")}}
     return CacheWriter(folder, trials, front_end.fingerprint() | {"precision": args.precision}, shape, args.dtype, about)
 
 

@@ -1,0 +1,397 @@
+"""Train a head on cached features.
+
+    python main_train.py -t codecfake           # and 19LA, co-train
+    python main_train.py -t co-train --CSAM -o models/csam
+    python main_train.py -t codecfake -o models/try --continue_training
+
+Reads the caches of preprocess.py (or the reference's .pt folders) under -f and -f1. Writes into -o:
+
+    anti-spoofing_feat_model.pt                        the epoch with the lowest dev loss
+    checkpoint/anti-spoofing_feat_model_<epoch>.pt     every epoch
+    last_state.pt                                      all that --continue_training needs
+    log.jsonl, tensorboard/, settings.json             one record an epoch, curves, provenance
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import cli
+import dataset
+import eval_metrics
+import model
+import torch_files
+from cli import InputError
+from dataset import FAKE, REAL
+from feature_cache import JoinedFeatures, open_features, read_ahead
+
+CLASS_WEIGHTS = (10.0, 1.0)        # real, fake: Codecfake has six fakes a real clip
+STATE_FORMAT = "codecfake-state-1"
+SAVE_EVERY = 600                   # seconds; what a kill in the middle of an epoch costs at most
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-t", "--train_task", choices=("19LA", "codecfake", "co-train"), required=True, help="what to train on")
+    parser.add_argument("-m", "--model", choices=tuple(model.HEADS), default="W2VAASIST", help="head (default: %(default)s)")
+    parser.add_argument("--feat", choices=tuple(dataset.FEATURE_SHAPES), default="xls-r-5", help="front end of the features (default: %(default)s)")
+    parser.add_argument("-f", "--path_to_features", type=Path, metavar="DIR", default=Path("features/Codecfake"), help="Codecfake's features (default: %(default)s)")
+    parser.add_argument("-f1", "--path_to_features1", type=Path, metavar="DIR", default=Path("features/LA"), help="19LA's features (default: %(default)s)")
+    parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="hold the features against this corpus's protocols "
+                        "(for co-train: the folder with Codecfake/ and LA/)")
+    parser.add_argument("--ssl", metavar="ID|DIR", help="refuse features that were not made with these wav2vec 2.0 weights")
+    parser.add_argument("-o", "--out_fold", type=Path, metavar="DIR", default=Path("models/try"), help="output folder (default: %(default)s)")
+    parser.add_argument("--num_epochs", type=cli.at_least(1), default=10, metavar="N")
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr_decay", type=float, default=0.5, help="factor on lr every --interval epochs (default: %(default)s)")
+    parser.add_argument("--interval", type=cli.at_least(1), default=2, metavar="N")
+    parser.add_argument("--beta_1", type=float, default=0.9)
+    parser.add_argument("--beta_2", type=float, default=0.999)
+    parser.add_argument("--eps", type=float, default=1e-8)
+    parser.add_argument("--seed", type=cli.at_least(0), default=688)
+    for name, text in (("SAM", "sharpness-aware minimisation"), ("ASAM", "its adaptive form"),
+                       ("CSAM", "SAM with both corpora in every batch; co-train only")):
+        parser.add_argument(f"--{name}", type=cli.switch, nargs="?", const=True, default=False, metavar="True|False", help=text)
+    parser.add_argument("--rho", type=float, default=0.05, help="radius of SAM's neighbourhood (default: %(default)s)")
+    parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the head (default: %(default)s)")
+    parser.add_argument("--continue_training", type=cli.switch, nargs="?", const=True, default=False, metavar="True|False",
+                        help="go on with the run in --out_fold")
+    cli.add_compute_options(parser, "clips a step (default: %(default)s)", batch_size=128)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.SAM + args.ASAM + args.CSAM > 1:
+        parser.error("--SAM, --ASAM and --CSAM exclude each other")
+    if args.CSAM and args.train_task != "co-train":
+        parser.error(f"--CSAM mixes the two corpora of -t co-train, got -t {args.train_task}")
+    if args.CSAM and args.batch_size < 2:
+        parser.error("--CSAM needs a --batch_size of at least 2, one clip of each corpus")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    device = model.pick_device(args.gpu)
+    model.set_precision(args.precision)
+    torch.manual_seed(args.seed)
+    head = model.build_head(args.model, args.feat).to(device)
+    train, dev = open_corpora(args, "train"), open_corpora(args, "dev")
+    front_end = common_front_end([*train.parts, *dev.parts])
+    check_origin(args, front_end, {"train": train, "dev": dev})
+    with cli.only_one(args.out_fold):
+        run = Run(args, head, device, settings_of(args, front_end, train, dev), ssl=train.about.get("ssl"))
+        run.start()
+        print(f"{args.model} on {args.feat}: {len(train.labels)} clips to train, {len(dev.labels)} to choose on, {device} -> {args.out_fold}")
+        for epoch in range(run.epoch, args.num_epochs + 1):
+            run.train_and_record(epoch, train, dev)
+        best = run.best()
+        print(f"best epoch {best['epoch']} (dev loss {best['dev_loss']:.4f}): {args.out_fold / model.WEIGHTS}")
+
+
+# ── Features ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def open_corpora(args: argparse.Namespace, part: str) -> JoinedFeatures:
+    roots = {"codecfake": [args.path_to_features], "19LA": [args.path_to_features1],
+             "co-train": [args.path_to_features, args.path_to_features1]}[args.train_task]
+    return JoinedFeatures([open_features(root, part, args.feat) for root in roots])
+
+
+def common_front_end(parts: Sequence[Any]) -> dict[str, Any]:
+    """What made all the features; the reference's files, which record less, agree with what they do not contradict."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.front_end.items():
+            if merged.setdefault(key, value) != value:
+                raise InputError(f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
+                                 "train on features of one front end")
+    return merged
+
+
+def check_origin(args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]) -> None:
+    """Hold the features against --ssl and -d where they are given."""
+    shape = dataset.FEATURE_SHAPES[args.feat]
+    for features in sets.values():
+        if features.shape != shape:
+            raise InputError(f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
+                             "they were made with wav2vec 2.0 weights of another size")
+    if args.ssl and args.feat != "mel":
+        for key, value in model.load_frontend(args.feat, args.ssl).fingerprint().items():
+            if front_end.get(key, value) != value:
+                raise InputError(f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}")
+    if args.path_to_database:
+        for part, features in sets.items():
+            for task, own in zip(("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,), features.parts):
+                folder = {"codecfake": "Codecfake", "19LA": "LA"}[task] if args.train_task == "co-train" else "."
+                trials = dataset.read_protocol(task, args.path_to_database / folder, part)
+                own.check_protocol(trials)
+
+
+def settings_of(args: argparse.Namespace, front_end: dict[str, Any], train: JoinedFeatures, dev: JoinedFeatures) -> dict[str, Any]:
+    """All that shapes the weights. A run is only taken up again with the same."""
+    shaping = ("train_task", "model", "feat", "batch_size", "lr", "lr_decay", "interval", "beta_1", "beta_2", "eps",
+               "seed", "SAM", "ASAM", "CSAM", "rho", "precision")
+    return {**{name: getattr(args, name) for name in shaping}, "front_end": front_end,
+            "train_rows": train.sizes, "dev_rows": dev.sizes}
+
+
+# ── One step ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """SAM (Foret et al. 2021, arXiv 2010.01412) or ASAM (Kwon et al. 2021, arXiv 2102.11600)."""
+
+    rho: float
+    adaptive: bool
+
+
+def train_step(head: nn.Module, optimiser: torch.optim.Optimizer, features: Tensor, labels: Tensor,
+               sharpness: Sharpness | None = None, precision: str = "fp32") -> Tensor:
+    """One update of the weights from features (B, frames, dim) and labels (B,).
+
+    Returns:
+        The weighted cross entropy of the batch before the update, a scalar without gradient.
+    """
+    optimiser.zero_grad()
+    loss = batch_loss(head, features, labels, precision)
+    loss.backward()
+    if sharpness:
+        with frozen_batchnorm(head):
+            steps = climb(head, sharpness)
+            optimiser.zero_grad()
+            batch_loss(head, features, labels, precision).backward()
+            descend(steps)
+    optimiser.step()
+    return loss.detach()
+
+
+def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str) -> Tensor:
+    with model.autocast(precision, features.device):
+        logits = head(features)[1]
+    return weighted_cross_entropy(logits, labels)
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of weighted losses over the sum of weights (paper, section V)."""
+    return F.cross_entropy(logits.float(), labels, weight=torch.tensor(CLASS_WEIGHTS, device=logits.device))
+
+
+@torch.no_grad()
+def climb(head: nn.Module, sharpness: Sharpness) -> list[tuple[nn.Parameter, Tensor]]:
+    """Move the weights to where the loss is highest nearby; return each with its value before.
+
+    SAM: e = rho g / ||g||; ASAM: e = rho w^2 g / || |w| g ||; one norm over all parameters.
+    """
+    moving = [p for p in head.parameters() if p.grad is not None]
+    scaled = [p.grad * p.abs() if sharpness.adaptive else p.grad for p in moving]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in scaled])) + 1e-12
+    before = [(p, p.clone()) for p in moving]
+    for p in moving:
+        p.add_((p.square() if sharpness.adaptive else 1) * p.grad * (sharpness.rho / norm))
+    return before
+
+
+@torch.no_grad()
+def descend(before: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, value in before:
+        p.copy_(value)
+
+
+@contextmanager
+def frozen_batchnorm(head: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch but leaves its running statistics alone: SAM's second pass saw moved weights."""
+    norms = [m for m in head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+# ── One run ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Progress:
+    """Where the epoch under way stands."""
+
+    step: int = 0                      # steps of it that are done
+    loss: float = 0.0                  # sum of batch losses times the weight of each batch
+    weight: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """A training run and its folder."""
+
+    args: argparse.Namespace
+    head: nn.Module
+    device: torch.device
+    settings: dict[str, Any]
+    ssl: str | None = None             # where the front end's weights came from
+    epoch: int = 1                     # the epoch under way
+    progress: Progress = field(default_factory=Progress)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        args = self.args
+        self.folder = args.out_fold
+        self.optimiser = torch.optim.Adam(self.head.parameters(), lr=args.lr, betas=(args.beta_1, args.beta_2), eps=args.eps,
+                                          weight_decay=5e-4)
+        self.sharpness = Sharpness(args.rho, args.ASAM) if args.SAM or args.ASAM or args.CSAM else None
+
+    def start(self) -> None:
+        """Take up the run that the folder holds, or begin one in an empty folder."""
+        used = [name for name in os.listdir(self.folder) if name != ".lock"]
+        if used and not self.args.continue_training:
+            raise InputError(f"{self.folder}: not empty, and a finished run is never overwritten; choose another -o, or go on "
+                             "with the run in it with --continue_training")
+        if (self.folder / "last_state.pt").exists():
+            self.load_state()
+        elif self.args.continue_training:
+            print(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
+        (self.folder / "checkpoint").mkdir(exist_ok=True)
+        self.record_settings()
+
+    def record_settings(self) -> None:
+        about = {"settings": self.settings, "labels": {"real": REAL, "fake": FAKE}, "class_weights": CLASS_WEIGHTS,
+                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "device": str(self.device), "versions": versions()}
+        with cli.replacing(self.folder / "settings.json") as file:
+            json.dump(about, file, indent=1)
+
+    def train_and_record(self, epoch: int, train: JoinedFeatures, dev: JoinedFeatures) -> None:
+        lr = self.args.lr * self.args.lr_decay ** ((epoch - 1) // self.args.interval)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        self.train_epoch(epoch, train)
+        dev_loss, dev_eer = evaluate(self.head, dev, self.args, self.device)
+        record = {"epoch": epoch, "loss": self.progress.loss / self.progress.weight, "dev_loss": dev_loss, "dev_eer": dev_eer,
+                  "lr": lr, "seconds": round(self.progress.seconds, 2)}
+        self.history.append(record)
+        self.save_epoch(record)
+        eer = "-" if dev_eer is None else f"{dev_eer:.3f} %"
+        print(f"epoch {epoch}/{self.args.num_epochs}  loss {record['loss']:.4f}  dev loss {dev_loss:.4f}  dev EER {eer}  "
+              f"lr {lr:.3g}  {record['seconds']:.1f} s{'  best so far' if self.best() is record else ''}")
+
+    def train_epoch(self, epoch: int, train: JoinedFeatures) -> None:
+        """The rest of the epoch under way, from the step that is next."""
+        args = self.args
+        order = dataset.proportional_batches if args.CSAM else dataset.shuffled_batches
+        batches = order(train.sizes, args.batch_size, args.seed, epoch)
+        self.head.train()
+        began = saved = time.monotonic()
+        before = self.progress.seconds
+        reader = read_ahead(train, batches[self.progress.step:], args.num_workers)
+        with tqdm(total=len(batches), initial=self.progress.step, unit="step", desc=f"epoch {epoch}", leave=False) as bar:
+            for features, labels in reader:
+                # The dropout of a step follows from where it stands, so that a resumed run repeats it.
+                torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, self.progress.step)).generate_state(1)[0]))
+                self.step(features, labels, batches[self.progress.step], train)
+                bar.update()
+                bar.set_postfix(loss=f"{self.progress.loss / self.progress.weight:.4f}")
+                self.progress.seconds = before + time.monotonic() - began
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self.save_state()
+                    saved = time.monotonic()
+
+    def step(self, features: Tensor, labels: Tensor, rows: np.ndarray, train: JoinedFeatures) -> None:
+        features, labels = features.to(self.device, non_blocking=True).float(), labels.to(self.device)
+        loss = float(train_step(self.head, self.optimiser, features, labels, self.sharpness, self.args.precision))
+        if not np.isfinite(loss):
+            names = ", ".join(train.name(row) for row in rows[:5])
+            raise InputError(f"epoch {self.epoch}, step {self.progress.step + 1}: the loss is {loss}; the batch's first clips: {names}. "
+                             "The last good weights are kept; lower --lr, or look at those features")
+        weight = float(torch.tensor(CLASS_WEIGHTS)[labels.cpu()].sum())
+        self.progress.step += 1
+        self.progress.loss += loss * weight
+        self.progress.weight += weight
+
+    def best(self) -> dict[str, Any]:
+        return min(self.history, key=lambda record: record["dev_loss"])
+
+    def save_epoch(self, record: dict[str, Any]) -> None:
+        """Weights first, state last: killed in between, the epoch is trained again and writes the same bytes."""
+        info = {**self.settings, "ssl": self.ssl, "labels": ["real", "fake"], "class_weights": list(CLASS_WEIGHTS), "epoch": record["epoch"],
+                "dev_loss": record["dev_loss"], "dev_eer": record["dev_eer"], "device": str(self.device), "versions": versions()}
+        model.save_head(self.folder / "checkpoint" / model.WEIGHTS.replace(".pt", f"_{record['epoch']}.pt"), self.head, info)
+        if self.best() is record:
+            model.save_head(self.folder / model.WEIGHTS, self.head, info)
+        self.epoch, self.progress = record["epoch"] + 1, Progress()
+        self.save_state()
+        with cli.replacing(self.folder / "log.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.history)
+        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"]) as curves:
+            for name in ("loss", "dev_loss", "dev_eer", "lr"):
+                if record[name] is not None:
+                    curves.add_scalar(name, record[name], record["epoch"])
+
+    def save_state(self) -> None:
+        state = {"format": STATE_FORMAT, "settings": self.settings, "epoch": self.epoch, "progress": vars(self.progress),
+                 "history": self.history, "head": self.head.state_dict(), "optimiser": self.optimiser.state_dict()}
+        with cli.replacing(self.folder / "last_state.pt", "wb") as file:
+            torch.save(state, file)
+
+    def load_state(self) -> None:
+        path = self.folder / "last_state.pt"
+        state = torch_files.load(path)
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise InputError(f"{path}: expected the state of a training run, found something else; choose another -o")
+        for name, value in self.settings.items():
+            if state["settings"].get(name) != value:
+                raise InputError(f"{self.folder}: was trained with {name} {state['settings'].get(name)!r}, now it is {value!r}; give "
+                                 "the same, or choose another -o")
+        self.epoch, self.progress, self.history = state["epoch"], Progress(**state["progress"]), state["history"]
+        self.head.load_state_dict(state["head"])
+        self.optimiser.load_state_dict(state["optimiser"])
+
+
+@torch.inference_mode()
+def evaluate(head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, device: torch.device) -> tuple[float, float | None]:
+    """Weighted cross entropy of the whole dev set(s), and their EER in percent (None where a class is absent)."""
+    head.eval()
+    rows = np.arange(len(dev.labels))
+    batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
+    logits = []
+    for features, _ in tqdm(read_ahead(dev, batches, args.num_workers), total=len(batches), unit="step", desc="dev", leave=False):
+        with model.autocast(args.precision, device):
+            logits.append(head(features.to(device).float())[1].float().cpu())
+    logits, labels = torch.cat(logits).double(), torch.from_numpy(dev.labels)
+    loss = F.cross_entropy(logits, labels, weight=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64))
+    scores, real = (logits[:, REAL] - logits[:, FAKE]).numpy(), dev.labels == REAL
+    eer = 100 * eval_metrics.compute_eer(scores[real], scores[~real])[0] if 0 < real.sum() < len(real) else None
+    return float(loss), eer
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+if __name__ == "__main__":
+    cli.run(main, if_stopped="run the same command with --continue_training to go on; finished epochs are kept")
