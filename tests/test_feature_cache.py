@@ -1,0 +1,289 @@
+"""The feature cache, both ends.    python -m pytest tests/test_feature_cache.py"""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import feature_cache
+from cli import InputError
+from dataset import FAKE, REAL, Trial
+from feature_cache import DAMAGED, DONE, FAILED, NOT_YET, CacheWriter, FeatureCache, JoinedFeatures, ReferenceFeatures, open_features, read_ahead
+
+SHAPE = (505, 80)
+FRONT_END = {"feat": "mel", "clip_samples": 64_600}
+TRIALS = [Trial(f"LA_T_{n}", f"/nowhere/{n}.flac", n % 2, f"A0{n}" if n % 2 else "-") for n in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    """(10, 505, 80) with every row different, exact in float16."""
+    return np.random.default_rng(0).integers(-1000, 1000, (10, *SHAPE)).astype(np.float32) / 64
+
+
+def writer(folder: Path, **changes) -> CacheWriter:
+    options = {"trials": TRIALS, "front_end": FRONT_END, "shape": SHAPE} | changes
+    return CacheWriter(folder, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, values: np.ndarray) -> Path:
+    """A complete cache of three shards, in the place of Codecfake's train part."""
+    folder = tmp_path / "train" / "mel"
+    cache = writer(folder)
+    cache.write(range(10), values)
+    cache.close()
+    return folder
+
+
+def test_rows_come_back_in_the_order_asked_for(folder: Path, values: np.ndarray) -> None:
+    cache, rows = FeatureCache(folder), np.array([9, 0, 4, 3, 4])
+    features, labels = cache.read(rows)
+    assert features.dtype == torch.float16 and np.array_equal(features.numpy(), values[rows])
+    assert labels.tolist() == [1, 0, 0, 1, 0] and cache.names[9] == "LA_T_9"
+
+
+def test_the_plain_way_to_read_agrees(folder: Path, values: np.ndarray) -> None:
+    """The files are ordinary .npy files."""
+    shards = [np.load(path) for path in sorted(folder.glob("features_*.npy"))]
+    assert [len(shard) for shard in shards] == [4, 4, 2]
+    assert np.array_equal(np.concatenate(shards), values)
+    assert np.load(folder / "index.npy").shape == (10, 2)
+
+
+def test_bytes_are_half_of_the_references(folder: Path) -> None:
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 0.51 * 10 * 4 * SHAPE[0] * SHAPE[1] + 5_000
+
+
+def test_an_interrupted_cache_goes_on(tmp_path: Path, values: np.ndarray) -> None:
+    first = writer(tmp_path)
+    first.write([0, 1, 5], values[[0, 1, 5]])
+    first.flush()
+    first.write([2], values[[2]])              # written but never marked: as if killed here
+    second = writer(tmp_path)
+    assert np.flatnonzero(second.states() == NOT_YET).tolist() == [2, 3, 4, 6, 7, 8, 9]
+    with pytest.raises(InputError, match="7 of 10 rows are not extracted yet; run preprocess.py"):
+        FeatureCache(tmp_path).require_complete()
+    second.write([2, 3, 4, 6, 7, 8, 9], values[[2, 3, 4, 6, 7, 8, 9]])
+    second.close()
+    assert np.array_equal(FeatureCache(tmp_path).read(np.arange(10))[0], values)
+
+
+def test_a_kill_while_the_files_are_laid_out(tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_dump = json.dump
+    monkeypatch.setattr(feature_cache.json, "dump", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        writer(tmp_path)
+    assert not (tmp_path / "cache.json").exists()
+    monkeypatch.setattr(feature_cache.json, "dump", real_dump)
+    cache = writer(tmp_path)
+    cache.write(range(10), values)
+    cache.close()
+    FeatureCache(tmp_path).require_complete()
+
+
+def test_failed_rows_are_left_out_of_training(folder: Path) -> None:
+    cache = writer(folder)
+    cache.mark_failed([0, 7])
+    cache.write_failures({0: "broken", 7: "absent"})
+    cache.close()
+    found = FeatureCache(folder)
+    found.require_complete()
+    assert len(found.labels) == 8 and found.names[0] == "LA_T_1" and (found.states == FAILED).sum() == 2
+    assert (folder / "failed.txt").read_text() == "LA_T_0\tbroken\nLA_T_7\tabsent\n"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"front_end": FRONT_END | {"clip_samples": 1}}, "clip_samples 64600, this run would make 1"),
+    ({"front_end": FRONT_END | {"weights_sha256": "ab"}}, "weights_sha256 None, this run would make 'ab'"),
+    ({"dtype": "float32"}, "dtype 'float16'"), ({"shape": (505, 81)}, "dim 80"),
+    ({"trials": TRIALS[:-1]}, "rows 10"), ({"trials": TRIALS[::-1]}, "protocol_sha256"),
+])
+def test_a_cache_made_with_something_else_is_refused(folder: Path, change: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        writer(folder, **change)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "000000_a.wav_real.pt").write_text("x")
+    with pytest.raises(InputError, match="000000_a.wav_real.pt.*can be trained as it is"):
+        writer(tmp_path)
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    values[3, 0, 0] = 1e5
+    with pytest.raises(InputError, match="3.flac: its feature reaches 1e.05, which float16 cannot hold; give --dtype float32"):
+        writer(tmp_path / "half").write(range(10), values)
+    wide = writer(tmp_path / "single", dtype="float32")
+    wide.write(range(10), values)
+    wide.close()
+    assert np.array_equal(FeatureCache(tmp_path / "single").read(np.array([3]))[0][0], values[3])
+
+
+def test_a_full_disk_is_seen_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache.os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)))
+    with pytest.raises(InputError, match="the cache needs 0.0 GB, 0.0 GB are free"):
+        writer(tmp_path / "x")
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = writer(tmp_path)
+    cache.write(range(4), values[:4])
+    cache.flush()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(feature_cache.os, "pwrite", full)
+    with pytest.raises(OSError) as caught:
+        cache.write([4], values[[4]])
+    assert caught.value.filename.endswith("features_00001.npy")
+    monkeypatch.undo()
+    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+    resumed = writer(tmp_path)
+    assert (resumed.states() == DONE).tolist() == [True] * 4 + [False] * 6
+
+
+@pytest.mark.parametrize("row", [0, 3, 4, 9])
+def test_a_flipped_bit_in_a_row_is_found_and_named(folder: Path, row: int) -> None:
+    shard = folder / f"features_{row // 4:05d}.npy"
+    data = bytearray(shard.read_bytes())
+    data[128 + (row % 4) * SHAPE[0] * SHAPE[1] * 2 + 777] ^= 4
+    shard.write_bytes(data)
+    cache = FeatureCache(folder)
+    assert cache.damaged_rows() == [row]
+    with pytest.raises(InputError, match=rf"features_{row // 4:05d}\.npy: row {row} \(LA_T_{row}\) is damaged; run preprocess.py --verify --repair"):
+        cache.read(np.arange(10))
+
+
+def test_swapped_rows_are_found(folder: Path) -> None:
+    shard = folder / "features_00000.npy"
+    rows = np.load(shard)
+    np.save(shard, rows[[1, 0, 2, 3]])
+    assert FeatureCache(folder).damaged_rows() == [0, 1]
+
+
+def test_no_flipped_bit_of_the_index_goes_unseen(folder: Path) -> None:
+    """Each bit of each entry: the row becomes damaged, never silently undone, failed or trusted."""
+    whole = (folder / "index.npy").read_bytes()
+    for bit in range(8 * (len(whole) - 80), 8 * len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        (folder / "index.npy").write_bytes(data)
+        states = FeatureCache(folder).states
+        assert states[(bit // 8 - (len(whole) - 80)) // 8] == DAMAGED and (states == DONE).sum() == 9
+    with pytest.raises(InputError, match="1 of 10 rows are damaged in index.npy; run preprocess.py --verify --repair"):
+        FeatureCache(folder).require_complete()
+
+
+@pytest.mark.parametrize("name", ["cache.json", "trials.tsv", "index.npy", "features_00001.npy"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:]])
+def test_damaged_files_are_named(folder: Path, name: str, damage) -> None:
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(InputError, match=name):
+        FeatureCache(folder).read(np.arange(10))
+
+
+def test_forgotten_rows_are_made_anew(folder: Path, values: np.ndarray) -> None:
+    cache = writer(folder)
+    cache.forget([2, 3])
+    assert np.flatnonzero(cache.states() != DONE).tolist() == [2, 3]
+    cache.write([2, 3], values[[2, 3]])
+    cache.close()
+    assert FeatureCache(folder).damaged_rows() == []
+
+
+def test_the_protocol_must_be_the_caches_own(folder: Path) -> None:
+    FeatureCache(folder).check_protocol(TRIALS)
+    with pytest.raises(InputError, match="made from another protocol"):
+        FeatureCache(folder).check_protocol(TRIALS[1:])
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_reading_ahead_equals_reading(folder: Path, threads: int) -> None:
+    cache = FeatureCache(folder)
+    batches = [np.array([3, 1]), np.array([9, 8, 7]), np.array([0])] * 3
+    found = list(read_ahead(cache, batches, threads))
+    assert all(torch.equal(a, cache.read(rows)[0]) and torch.equal(b, cache.read(rows)[1]) for (a, b), rows in zip(found, batches))
+
+
+def test_joined_parts_number_their_rows_on(folder: Path, values: np.ndarray) -> None:
+    both = JoinedFeatures([FeatureCache(folder), FeatureCache(folder)])
+    assert both.sizes == [10, 10] and both.name(13) == "LA_T_3"
+    features, labels = both.read(np.array([13, 2, 19]))
+    assert np.array_equal(features, values[[3, 2, 9]]) and labels.tolist() == [1, 0, 1]
+    assert np.array_equal(both.read(np.array([12, 11]))[0], values[[2, 1]])
+
+
+# ── The reference's own files ──
+
+
+def reference_folder(folder: Path, names: list[str], tensor: torch.Tensor) -> Path:
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        torch.save(tensor + number, folder / name)
+    return folder
+
+
+def test_the_references_files_are_read_as_they_are(tmp_path: Path) -> None:
+    """Labels follow the last underscore; mel is stored frequency first."""
+    mel = torch.randn(1, 80, 505)
+    folder = reference_folder(tmp_path / "train/mel", ["000000_SSB13650058.wav_real.pt", "000001_F01_real_one.wav_fake.pt"], mel)
+    features = open_features(tmp_path, "train", "mel")
+    assert features.names == ["SSB13650058.wav", "F01_real_one.wav"] and features.labels.tolist() == [REAL, FAKE]
+    torch.testing.assert_close(features.read(np.array([1, 0]))[0], torch.stack([mel[0].T + 1, mel[0].T]))
+    xlsr = torch.randn(1, 201, 1024)
+    folder = reference_folder(tmp_path / "la/train/xls-r-5", ["00000_LA_T_1138215_-_bonafide.pt", "00001_LA_T_1_A05_spoof.pt"], xlsr)
+    found = ReferenceFeatures(folder, "xls-r-5")
+    assert found.labels.tolist() == [REAL, FAKE] and torch.equal(found.read(np.array([0]))[0], xlsr)
+    found.check_protocol([Trial("LA_T_1138215", "", REAL, "-"), Trial("LA_T_1", "", FAKE, "A05")])
+    with pytest.raises(InputError, match="00001_LA_T_1_A05_spoof.pt"):
+        found.check_protocol([Trial("LA_T_1138215", "", REAL, "-")])
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.pt", torch.zeros(1, 80, 505), "x.pt: expected the reference's"),
+    ("0_a_genuine.pt", torch.zeros(1, 80, 505), "expected the reference's"),
+    ("0_a_real.pt", torch.zeros(1, 201, 1024), r"expected a tensor \(1, 80, 505\) of --feat mel, got \(1, 201, 1024\)"),
+    ("0_a_real.pt", {"a": 1}, "got dict"),
+    ("0_a_real.pt", torch.full((1, 80, 505), float("nan")), "not finite"),
+    ("0_a_real.pt", torch.zeros(3, 80, 505, 10), "got a file of"),
+])
+def test_other_files_in_such_a_folder_are_named(tmp_path: Path, name: str, content: object, message: str) -> None:
+    (tmp_path / "train/mel").mkdir(parents=True)
+    torch.save(content, tmp_path / "train/mel" / name)
+    with pytest.raises(InputError, match=message):
+        open_features(tmp_path, "train", "mel").read(np.array([0]))
+
+
+def test_a_feature_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was_here"),)
+    (tmp_path / "train/mel").mkdir(parents=True)
+    torch.save(Runs(), tmp_path / "train/mel/0_a_real.pt")
+    with pytest.raises(InputError, match="refused, it names posix.mkdir"):
+        open_features(tmp_path, "train", "mel").read(np.array([0]))
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_a_wrong_features_folder_says_what_is_there(folder: Path) -> None:
+    root = folder.parent.parent
+    with pytest.raises(InputError, match=r"expected the features of --feat xls-r-5, found mel there.*-f \(Codecfake\)"):
+        open_features(root, "train", "xls-r-5")
+    with pytest.raises(InputError, match="found no features under"):
+        open_features(root, "dev", "mel")
+    folder.rename(root / "train" / "xls-r-5")
+    with pytest.raises(InputError, match="made with --feat mel"):
+        open_features(root, "train", "xls-r-5")
+    (root / "train" / "mel").mkdir()
+    with pytest.raises(InputError, match="neither a feature cache nor"):
+        open_features(root, "train", "mel")
