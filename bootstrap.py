@@ -82,8 +82,14 @@ def resample_det(trials: Scores, clusters: np.ndarray, far: np.ndarray, n_resamp
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The percentile interval: what lies between holds COVERAGE of the values."""
-    low, high = np.quantile(values, [(1 - COVERAGE) / 2, (1 + COVERAGE) / 2])
+    """The percentile interval: what lies between holds COVERAGE of the values.
+
+    EERs of few trials take few values, and whole ones at both ends would hold too much. Hence mid-P
+    percentiles: half of the resamples at a value count as below it.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    below = (np.cumsum(counts) - counts / 2) / len(values)
+    low, high = np.interp([(1 - COVERAGE) / 2, (1 + COVERAGE) / 2], below, distinct)
     return float(low), float(high)
 
 
@@ -142,7 +148,7 @@ def _cumulate(weights: np.ndarray, ranking: _Ranking) -> np.ndarray:
     """(rows, N + 1): the weight of the lowest 0, 1, .. N trials, real and fake packed into one number."""
     counts = np.empty((len(weights), len(ranking.clusters) + 1), dtype=np.int64)
     counts[:, 0] = 0
-    np.take(weights, ranking.clusters, axis=1, out=counts[:, 1:])
+    np.take(weights, ranking.clusters, axis=1, out=counts[:, 1:], mode="clip")         # any other mode takes a copy first
     counts[:, 1:] *= ranking.units
     return np.cumsum(counts, axis=1, out=counts)
 

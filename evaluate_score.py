@@ -1,7 +1,9 @@
-"""EER tables and DET plots from score files.
+"""EER tables, what they are worth, and plots, from score files.
 
     python evaluate_score.py                                    # everything in ./result
     python evaluate_score.py --result_folder DIR [DIR ...] -t codecfake --format markdown --plot det.pdf
+    python evaluate_score.py --compare result/modelA result/modelB
+    python evaluate_score.py --metrics --calibrate dev_result.txt --report report
 
 Reads `<subset>_result.txt` (rows `name score word`) in each result folder and in its sub-folders: a
 folder is a model. Prints a table with a row a model, and below it what each EER is worth. Writes
@@ -11,13 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import analyses
 import bootstrap
 import cli
+import eval_metrics
 import evaluation
+import paper_tables
+import protocol_check
 import tables
+from cli import InputError
 from evaluation import SUBSETS, TASKS, Model, Result
 from tables import Table
 
@@ -25,38 +34,165 @@ FORMATS = ("table", "markdown", "csv", "json", "latex")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="EER tables and DET plots from score files.")
+    parser = argparse.ArgumentParser(description="EER tables, what they are worth, and plots, from score files.")
     parser.add_argument("--result_folder", nargs="+", default=["result"], metavar="DIR",
                         help="folders with score files, or with one sub-folder a model (default: result)")
     parser.add_argument("-t", "--task", choices=TASKS, help="only the subsets of this task (default: all)")
-    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed (default: table)")
-    parser.add_argument("--plot", metavar="FILE", help="write DET curves to FILE (.png, .pdf or .svg)")
-    parser.add_argument("--no_ci", action="store_true", help="no bootstrap intervals")
-    parser.add_argument("--resamples", type=_positive, default=bootstrap.N_RESAMPLES, metavar="N",
-                        help="bootstrap resamples (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--format", choices=FORMATS, default="table",
+                        help="of what is printed (default: table); json holds everything")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
+                        help="paired bootstrap of two models: their folders, or their names in the result folder")
+
+    worth = parser.add_argument_group("what an EER is worth")
+    worth.add_argument("--no_ci", action="store_true", help="no bootstrap intervals")
+    worth.add_argument("--resamples", type=_at_least(1), default=bootstrap.N_RESAMPLES, metavar="N",
+                       help="bootstrap resamples (default: %(default)s)")
+    worth.add_argument("--seed", type=_at_least(0), default=0, help="of the bootstrap (default: %(default)s)")
+    worth.add_argument("--paper", nargs="?", const="", metavar="TABLE:ROW",
+                       help="the paper's figures beside ours; the row is told from the name of a released model, or given")
+
+    more = parser.add_argument_group("more metrics")
+    more.add_argument("--metrics", action="store_true", help="AUC, and minDCF, actDCF and Cllr of ASVspoof 5")
+    more.add_argument("--asv_scores", metavar="FILE", help="ASVspoof 2019's ASV scores: adds 19LA's min t-DCF (legacy 2019)")
+    more.add_argument("--threshold_from", metavar="DEV",
+                      help="development score file: adds accuracy, FRR and FAR at its EER threshold")
+    more.add_argument("--calibrate", metavar="DEV", help="development score file: adds actDCF and Cllr calibrated on it")
+
+    corpus = parser.add_argument_group("against the corpus")
+    corpus.add_argument("-d", "--path_to_database", metavar="CORPUS",
+                        help="corpus of the task (default task: codecfake): its protocol is held against the score files")
+    corpus.add_argument("--strict", action="store_true", help="a score file that does not match the protocol is an error")
+    corpus.add_argument("--by", choices=["source"], help="EER of each codec or attack against all real trials")
+
+    files = parser.add_argument_group("files to write")
+    files.add_argument("--plot", metavar="FILE", help="DET curves (.png, .pdf or .svg)")
+    files.add_argument("--plot_kind", choices=["det", "histogram", "eer", "reliability"], default="det",
+                       help="what --plot draws (default: det; histogram is of one model)")
+    files.add_argument("--report", metavar="DIR", help="a self-contained page of tables, plots and provenance")
+    files.add_argument("--export_asvspoof5", metavar="DIR", help="scores as ASVspoof 5 takes them (filename<TAB>cm-score)")
     return parser
 
 
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if (args.strict or args.by) and not args.path_to_database:
+        parser.error("--strict and --by need the corpus: give its folder with -d")
+    if args.compare and (args.plot or args.report or args.by or args.paper is not None or args.strict):
+        parser.error("--compare prints its table only; ask for plots, reports and other tables without it")
+    args.metrics = bool(args.metrics or args.asv_scores or args.threshold_from or args.calibrate or args.report)
+    if args.format == "csv" and bool(args.metrics) + bool(args.by) + (args.paper is not None) > 1:
+        parser.error("--format csv prints one table: ask for one of --metrics, --by and --paper at a time, or for json")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
+    args = parse_args(argv)
+    subsets = TASKS[args.task] if args.task else SUBSETS
+    if args.compare:
+        a, b = (pick_model(name, args.result_folder, subsets) for name in args.compare)
+        table, records = analyses.compare(a, b, args.resamples, args.seed)
+        show([table], records, args.format)
+        return
     if args.plot:
         import plots
         plots.check_extension(args.plot)
-    subsets = TASKS[args.task] if args.task else SUBSETS
     models = evaluation.find_models(args.result_folder, subsets)
+    labels = check_protocols(args, models) if args.path_to_database else {}
     n_resamples = 0 if args.no_ci else args.resamples
     results = [result for model in models for result in evaluation.evaluate(model, n_resamples, args.seed)]
+    found = make_tables(args, models, results, subsets, labels)
+    if args.export_asvspoof5:
+        export_asvspoof5(results, Path(args.export_asvspoof5))
     if args.plot:
-        plots.save(plots.det_plot(results), args.plot)
-    show(eer_tables(args, models, results, subsets), [result.record() for result in results], args.format)
+        plots.save(draw(args.plot_kind, results, n_resamples, args.seed), args.plot)
+    if args.report:
+        make_report(args, found, results, ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)])
+    # CSV is one table: the last one asked for, or the EERs.
+    show(found[-1:] if args.format == "csv" else found, [result.record() for result in results], args.format)
 
 
-def eer_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequence[Result], subsets: Sequence[str]) -> list[Table]:
+def pick_model(name: str, folders: Sequence[str], subsets: Sequence[str]) -> Model:
+    """The model in a folder, or of that name in the result folders."""
+    if Path(name).is_dir():
+        models = [model for model in evaluation.find_models([name], subsets) if model.folder == Path(name)]
+    else:
+        models = [model for model in evaluation.find_models(folders, subsets) if model.name == name]
+    if not models:
+        raise InputError(f"--compare: {name}: expected a folder of score files, or the name of a model in {' or '.join(folders)}")
+    return models[0]
+
+
+def check_protocols(args: argparse.Namespace, models: Sequence[Model]) -> dict[str, dict[str, tuple[bool, str]]]:
+    """Hold the score files against the corpus: warn, or with --strict end. Returns subset -> trial -> (is real, source)."""
+    scored = [subset for subset in TASKS[args.task or "codecfake"] if any(subset in model.files for model in models)]
+    if not scored:
+        raise InputError(f"-d {args.path_to_database}: no score file of {args.task or 'codecfake'} to hold against it; "
+                         "name the corpus's task with -t")
+    labels = {subset: protocol_check.protocol_labels(args.task or "codecfake", args.path_to_database, subset) for subset in scored}
+    problems = [problem for model in models for subset in scored if subset in model.files
+                for problem in protocol_check.find_problems(model.files[subset], labels[subset])]
+    for problem in problems:
+        print(cli.printable(f"{'mismatch' if args.strict else 'warning'}: {problem}"), file=sys.stderr)
+    if problems and args.strict:
+        raise InputError(f"{len(problems)} mismatch(es) between the score files and the protocols of {args.path_to_database}, "
+                         "named above; score the missing trials, remove the others, or leave out --strict")
+    return labels
+
+
+def make_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequence[Result], subsets: Sequence[str],
+                labels: dict[str, dict[str, tuple[bool, str]]]) -> list[Table]:
+    """The tables asked for. The analyses leave their figures in the results' `extra`, for JSON."""
     found = [tables.eer_table(results, models, subsets)]
     if not args.no_ci and args.format != "csv":
         found.append(tables.interval_table(results, args.resamples, args.seed))
+    if args.metrics:
+        asv = eval_metrics.read_asv_scores(args.asv_scores) if args.asv_scores else None
+        inputs = analyses.MetricInputs(asv, args.threshold_from, args.calibrate)
+        found.append(analyses.metrics_table(models, results, inputs))
+    if args.by:
+        sources = {subset: {name: source for name, (_, source) in rows.items()} for subset, rows in labels.items()}
+        found.append(analyses.by_source_table(results, sources, 0 if args.no_ci else args.resamples, args.seed))
+    if args.paper is not None:
+        found.append(paper_tables.comparison_table(models, results, args.paper))
     return found
+
+
+def draw(kind: str, results: Sequence[Result], n_resamples: int, seed: int):
+    """The figure that --plot writes."""
+    import plots
+
+    if kind == "det":
+        return plots.det_plot(results, plots.det_bands(results, seed=seed) if n_resamples else None)
+    if kind == "histogram" and len({result.model for result in results}) > 1:
+        raise InputError("--plot_kind histogram draws one model; name its folder with --result_folder")
+    return {"histogram": plots.histograms, "eer": plots.eer_bars, "reliability": plots.reliability_plot}[kind](results)
+
+
+def make_report(args: argparse.Namespace, found: Sequence[Table], results: Sequence[Result], command: Sequence[str]) -> None:
+    import plots
+    import report
+
+    n_resamples = 0 if args.no_ci else args.resamples
+    shaded = ", 95 % intervals shaded" if n_resamples else ""
+    figures = [("True EERs (over 50 %: the scores point the wrong way) on a square-root scale", plots.eer_bars(results))]
+    for model in dict.fromkeys(result.model for result in results):
+        own = [result for result in results if result.model == model]
+        figures += [(f"{model}: DET curves on normal deviate axes; a dot marks each EER{shaded}", draw("det", own, n_resamples, args.seed)),
+                    (f"{model}: reliability at even odds; on the diagonal, scores mean what they say", plots.reliability_plot(own)),
+                    (f"{model}: scores of real and fake trials", plots.histograms(own))]
+    path = report.write_report(args.report, found, figures, results, shlex.join(command))
+    print(f"report: {cli.printable(str(path))}", file=sys.stderr)
+
+
+def export_asvspoof5(results: Sequence[Result], folder: Path) -> None:
+    """One `<model>_<subset>.tsv` a score file, as ASVspoof 5's evaluation package reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        name = f"{result.model}_{result.subset}.tsv".replace("/", "_")
+        with cli.replacing(folder / name) as file:
+            file.write("filename\tcm-score\n")
+            file.writelines(f"{trial}\t{score!r}\n" for trial, score in zip(result.trials.names, result.trials.scores.tolist()))
 
 
 def show(found: Sequence[Table], records: Sequence[dict], style: str) -> None:
@@ -70,10 +206,11 @@ def show(found: Sequence[Table], records: Sequence[dict], style: str) -> None:
             print(cli.printable(note), file=sys.stderr)
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
+def _at_least(lowest: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
+        return int(text)
     return number
 
 

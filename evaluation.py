@@ -54,12 +54,19 @@ class Result:
     model: str
     subset: str
     file: Path
-    real: np.ndarray           # scores
-    fake: np.ndarray
+    trials: Scores
     point: OperatingPoint | None       # where the EER is; None where there is none
     interval: Interval | None
     note: str | None           # why there is no EER
     extra: dict[str, object] = field(default_factory=dict)     # what further analyses found, for JSON
+
+    @property
+    def real(self) -> np.ndarray:
+        return self.trials.real
+
+    @property
+    def fake(self) -> np.ndarray:
+        return self.trials.fake
 
     @property
     def eer(self) -> float | None:
@@ -145,12 +152,12 @@ def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int =
 
 def evaluate_trials(model: str, subset: str, file: Path, trials: Scores, n_resamples: int, seed: int) -> Result:
     """The result of one model on the given trials of one subset."""
-    real, fake = trials.real, trials.fake
-    if not len(real) or not len(fake):
-        return Result(model, subset, file, real, fake, None, None, _why_no_eer(subset, len(real), len(fake)))
-    point = eval_metrics.find_eer_point(real, fake)
+    n_real, n_fake = len(trials.real), len(trials.fake)
+    if not n_real or not n_fake:
+        return Result(model, subset, file, trials, None, None, _why_no_eer(subset, n_real, n_fake))
+    point = eval_metrics.find_eer_point(trials.real, trials.fake)
     interval = estimate_interval(trials, subset, point, n_resamples, seed) if n_resamples else None
-    return Result(model, subset, file, real, fake, point, interval, None)
+    return Result(model, subset, file, trials, point, interval, None)
 
 
 def estimate_interval(trials: Scores, subset: str, point: OperatingPoint, n_resamples: int, seed: int) -> Interval:

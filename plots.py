@@ -13,17 +13,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import bootstrap
+import calibration
 from cli import InputError, printable, replacing
 from eval_metrics import compute_det_curve, compute_eer
-from evaluation import Result
+from evaluation import SUBSETS, Result
 
 EXTENSIONS = (".png", ".pdf", ".svg")
 TICKS = (0.0001, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
-SEVERAL = 3                # columns of a figure with one panel a model or subset
+MOST_COLUMNS = 3           # of panels
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"               # told apart by the colour-blind too
 MARKERS = "osD^vP*X<>hp"
 
 probit = np.vectorize(NormalDist().inv_cdf, otypes=[float])
+normal_cdf = np.vectorize(NormalDist().cdf, otypes=[float])
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -64,11 +67,24 @@ def det_plot(results: Sequence[Result], bands: dict[tuple[str, str], tuple[np.nd
     return figure
 
 
+def det_bands(results: Sequence[Result], n_resamples: int = 200, seed: int = 0) -> dict[tuple[str, str], tuple[np.ndarray, ...]]:
+    """Bootstrap intervals of the FRR along each DET curve, for det_plot()."""
+    bands, tails = {}, [(1 - bootstrap.COVERAGE) / 2, (1 + bootstrap.COVERAGE) / 2]
+    for result in (result for result in results if result.point):
+        low = _lowest_rate([result])
+        far = normal_cdf(np.linspace(probit(low), -probit(low), 80))
+        clusters, _ = bootstrap.find_clusters(result.trials.names, result.subset)
+        frr = bootstrap.resample_det(result.trials, clusters, far, n_resamples, seed)
+        bands[result.model, result.subset] = (far, *np.quantile(frr, tails, axis=0))
+    return bands
+
+
 def _draw_det(axes: Axes, result: Result, colour: object, low: float, band: tuple[np.ndarray, ...] | None) -> None:
     frr, far, _ = compute_det_curve(result.real, result.fake)
     x, y = (probit(np.clip(rate, low, 1 - low)) for rate in (far, frr))
-    seen = np.any(np.diff(np.round(np.stack([x, y]) * 1000), prepend=np.inf), axis=0)      # small vector files
-    axes.plot(x[seen], y[seen], color=colour, linewidth=1.3, label=f"{result.subset}: {result.eer:.3f} %")
+    moves = np.any(np.diff(np.round(np.stack([x, y]) * 1000)), axis=0)
+    seen = np.append(True, moves) | np.append(moves, True)         # drop what cannot be seen: small vector files
+    axes.plot(x[seen], y[seen], drawstyle="steps-pre", color=colour, linewidth=1.3, label=f"{result.subset}: {result.eer:.3f} %")
     eer = probit(np.clip(result.point.eer, low, 1 - low))
     axes.plot(eer, eer, "o", color=colour, markeredgecolor="white", markersize=6, clip_on=False, zorder=3)
     if band is not None:
@@ -99,9 +115,91 @@ def _colours(subsets: Sequence[str]) -> dict[str, object]:
     return {subset: order[i % len(order)] for i, subset in enumerate(dict.fromkeys(subsets))}
 
 
-def _panels(number: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+# ── Histograms, bars, reliability ────────────────────────────────────────────────────────────────
+
+
+def histograms(results: Sequence[Result]) -> Figure:
+    """Score histograms of both classes with the EER's threshold, a panel a subset, for one model.
+
+    Probabilities are drawn as log odds, where a saturated softmax does not hide everything in two bars.
+    """
+    results = [result for result in results if result.point]
+    probabilities = calibration.holds_probabilities([result.trials for result in results])
+    figure, panels = _panels(len(results), width=3.4, height=2.5)
+    for axes, result in zip(panels, results):
+        real, fake, threshold = (calibration.as_llrs(scores, probabilities)[0]
+                                 for scores in (result.real, result.fake, np.array([result.point.threshold])))
+        bins = np.histogram_bin_edges(np.concatenate([real, fake]), bins=60)
+        for scores, name, colour in ((real, "real", BLUE), (fake, "fake", ORANGE)):
+            axes.hist(scores, bins, density=True, label=name, color=colour, alpha=0.55)
+        axes.axvline(threshold[0], color="black", linewidth=1, linestyle="--", label="EER threshold")
+        axes.set_title(f"{result.subset}: EER {result.eer:.3f} %", fontsize=9)
+        axes.set_yticks([])
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel("log odds of being real" if probabilities else "score", fontsize=8)
+    _shared_legend(figure, panels)
+    return figure
+
+
+def eer_bars(results: Sequence[Result]) -> Figure:
+    """True EERs with their intervals: groups of subsets, a bar a model. Square-root scale: 0.01 % and 50 % both show."""
+    results = [result for result in results if result.point]
+    models = list(dict.fromkeys(result.model for result in results))
+    subsets = list(dict.fromkeys(sorted((result.subset for result in results), key=SUBSETS.index)))
+    figure = Figure(figsize=(max(5, 0.8 * len(subsets) + 1.5), 3.8), layout="constrained")
+    axes = figure.subplots()
+    colours, width = _colours(models), 0.8 / max(1, len(models))
+    for i, model in enumerate(models):
+        own = [result for result in results if result.model == model]
+        x = [subsets.index(result.subset) + (i + 0.5) * width - 0.4 for result in own]
+        axes.bar(x, [result.eer for result in own], width * 0.92, color=colours[model], label=printable(model), alpha=0.8)
+        for at, result in zip(x, own):
+            if result.interval:
+                axes.vlines(at, result.interval.low, result.interval.high, color="black", linewidth=1)
+    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+    axes.set_xticks(range(len(subsets)), subsets)
+    top = max([1.0, *(result.interval.high if result.interval else result.eer for result in results)])
+    axes.set_yticks([tick for tick in (0, 0.1, 0.5, 2, 5, 10, 20, 30, 40, 50, 60, 80, 100) if tick <= 1.1 * top])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set(ylim=(0, 1.1 * top), ylabel="EER (%), 95 % interval")
+    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
+    axes.set_axisbelow(True)
+    if models:
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    return figure
+
+
+def reliability_plot(results: Sequence[Result]) -> Figure:
+    """Reliability diagrams, a panel a model and a curve a subset: on the diagonal, scores mean what they say."""
+    results = [result for result in results if result.point]
+    models = list(dict.fromkeys(result.model for result in results))
+    figure, panels = _panels(len(models), width=4.2, height=4.2)
+    colours = _colours([result.subset for result in results])
+    for axes, model in zip(panels, models):
+        own = [result for result in results if result.model == model]
+        probabilities = calibration.holds_probabilities([result.trials for result in own])
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
+        for i, result in enumerate(own):
+            real, fake = (calibration.as_llrs(scores, probabilities)[0] for scores in (result.real, result.fake))
+            bins = calibration.reliability(real, fake)
+            axes.plot(bins.said, bins.found, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1,
+                      color=colours[result.subset], label=result.subset)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=printable(model),
+                 xlabel="probability of being real, as said", ylabel="share of real trials, as found")
+        axes.grid(linewidth=0.4, alpha=0.5)
+    _shared_legend(figure, panels)
+    return figure
+
+
+def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
+
+
+def _panels(number: int, width: float, height: float, columns: int = MOST_COLUMNS) -> tuple[Figure, list[Axes]]:
     """A figure (inches a panel) that needs no display, and its panels."""
-    columns = max(1, min(SEVERAL, number))
+    columns = max(1, min(columns, number))
     rows = max(1, -(-number // columns))
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)

@@ -15,7 +15,7 @@ MARK = "*"                 # on the paper's figure for a detector whose scores p
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text, ready to print. The first columns name the row; the others align right."""
+    """Cells of text, ready to print. The first columns name the row; columns of figures align right."""
 
     title: str
     columns: Sequence[str]
@@ -23,9 +23,17 @@ class Table:
     notes: Sequence[str] = field(default_factory=list)
     n_names: int = 1
 
+    def is_left(self, column: int) -> bool:
+        """Whether the column aligns left: it names the row, or has no figure in it."""
+        return column < self.n_names or not any(row[column][:1] in "0123456789+-" for row in self.rows)
+
 
 def percent(value: float | None, digits: int = 3) -> str:
     return ABSENT if value is None else f"{value:.{digits}f}"
+
+
+def signed(value: float) -> str:
+    return f"{round(value, 3) + 0.0:+.3f}"             # + 0.0: no "-0.000"
 
 
 # ── What goes into them ──────────────────────────────────────────────────────────────────────────
@@ -94,7 +102,7 @@ def _plain(table: Table) -> str:
     marks = [any(line[i].endswith(MARK) for line in lines) for i in range(len(table.columns))]
     text = [table.title]
     for line in lines:
-        cells = [_aligned(cell, width, mark, i < table.n_names) for i, (cell, width, mark) in enumerate(zip(line, widths, marks))]
+        cells = [_aligned(cell, width, mark, table.is_left(i)) for i, (cell, width, mark) in enumerate(zip(line, widths, marks))]
         text.append("  ".join(cells).rstrip())
     text += [f"  {printable(note)}" for note in table.notes]
     return "\n".join(text) + "\n"
@@ -111,7 +119,7 @@ def _markdown(table: Table) -> str:
     def row(cells: Sequence[str]) -> str:
         return "| " + " | ".join(_escaped(printable(cell), "\\|*`<[") for cell in cells) + " |"
 
-    rule = [":--" if i < table.n_names else "--:" for i in range(len(table.columns))]
+    rule = [":--" if table.is_left(i) else "--:" for i in range(len(table.columns))]
     text = [f"**{table.title}**", "", row(table.columns), "| " + " | ".join(rule) + " |", *map(row, table.rows)]
     if table.notes:
         text += ["", *("- " + _escaped(printable(note), "\\*`<[") for note in table.notes)]
@@ -137,7 +145,7 @@ def _latex(table: Table) -> str:
     def row(cells: Sequence[str]) -> str:
         return "  " + " & ".join("".join(LATEX_SPECIAL.get(c, c) for c in printable(cell)) for cell in cells) + r" \\"
 
-    alignment = "l" * table.n_names + "r" * (len(table.columns) - table.n_names)
+    alignment = "".join("l" if table.is_left(i) else "r" for i in range(len(table.columns)))
     text = [f"% {table.title}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{{alignment}}}", r"  \toprule",
             row(table.columns), r"  \midrule", *map(row, table.rows), r"  \bottomrule", r"\end{tabular}"]
     return "\n".join(text + [f"% {printable(note)}" for note in table.notes]) + "\n"

@@ -14,6 +14,7 @@ import pytest
 
 import evaluate_score
 import evaluation
+import paper_tables
 from cli import InputError
 from eval_metrics import compute_eer, write_scores
 
@@ -238,3 +239,269 @@ def test_published_scores_give_the_papers_figures(capsys, model, table, row):
     for record in compared:
         assert record["eer_paper"] == pytest.approx(expected[record["subset"]], abs=0.001), record["subset"]
     assert {r["subset"] for r in compared if r["inverted"]} == ({"ITW", "C5"} if model == "vocoder_mellcnn" else set())
+
+
+# ── What an EER is worth ─────────────────────────────────────────────────────────────────────────
+
+
+def test_every_eer_has_its_interval_and_error_counts(tmp_path, capsys):
+    path = write_subset(tmp_path, "C1_result.txt", eer=0.2, n=100)
+    write_subset(tmp_path, "ITW_result.txt", eer=0.2, n=100)
+    for record in run_json(capsys, "--result_folder", tmp_path):
+        low, high = record["interval"]
+        assert 0 < low < record["eer"] < high < 50
+        assert record["eer"] == 50 * (record["false_rejections"] / record["n_real"] + record["false_acceptances"] / record["n_fake"])
+        assert record["resampled_by"] == ("source utterance" if record["subset"] == "C1" else "trial")
+    text = run_text(capsys, "--result_folder", tmp_path)
+    assert "source utterance: a real clip and its copies" in text and "1000 resamples, seed 0" in text
+    assert run_text(capsys, "--result_folder", tmp_path, "--seed", 1) != text == run_text(capsys, "--result_folder", tmp_path)
+    assert "interval" not in run_json(capsys, "--result_folder", path.parent, "--no_ci")[0]
+
+
+def test_without_an_error_the_bound_is_the_rule_of_three(tmp_path, capsys):
+    names = [f"t{i}" for i in range(400)]
+    write_scores(tmp_path / "ITW_result.txt", names, range(400), ["fake"] * 300 + ["real"] * 100)
+    (record,) = run_json(capsys, "--result_folder", tmp_path)
+    assert record["eer"] == 0 and record["interval"] == [0, 3.0] and record["interval_by"] == "rule of three"
+    text = run_text(capsys, "--result_folder", tmp_path)
+    assert "0.000 .. 3.000°" in text and "rule of three" in text
+
+
+def test_compare_tells_real_differences_from_chance(tmp_path, capsys):
+    for subset, worse in (("C1", 0.3), ("C2", 0.2)):
+        write_subset(tmp_path / "a", f"{subset}_result.txt", eer=0.2, n=400, seed=1)
+        write_subset(tmp_path / "b", f"{subset}_result.txt", eer=worse, n=400, seed=2)
+    c1, c2 = run_json(capsys, "--result_folder", tmp_path, "--compare", "a", "b")
+    assert (c1["verdict"], c2["verdict"]) == ("a is better", "not separable")
+    assert c1["interval"][0] < c1["difference"] == c1["eer_a"] - c1["eer_b"] < c1["interval"][1] < 0 < c2["interval"][1]
+    assert c1["p"] < 0.01 and c1["p_holm"] == 2 * c1["p"] and c2["p"] > 0.05
+    text = run_text(capsys, "--compare", tmp_path / "a", tmp_path / "b")
+    assert "a is better" in text and "paired bootstrap" in text
+
+
+def test_compare_pairs_trials_by_name_whatever_their_order(tmp_path, capsys):
+    path = write_subset(tmp_path / "a", "C1_result.txt", eer=0.2)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "C1_result.txt").write_text("\n".join(reversed(path.read_text().splitlines())))
+    (record,) = run_json(capsys, "--compare", tmp_path / "a", tmp_path / "b")
+    assert record["difference"] == 0 and record["interval"] == [0, 0] and record["p"] == 1
+
+
+def test_compare_refuses_other_trials_and_other_labels(tmp_path):
+    path = write_subset(tmp_path / "a", "C1_result.txt")
+    write_subset(tmp_path / "b", "C1_result.txt", n=41)
+    with pytest.raises(InputError, match=r"different trials: 2 are in one file only \(first: F01_u40.wav\)"):
+        evaluate_score.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    (tmp_path / "b" / "C1_result.txt").write_text(path.read_text().replace(" real", " fake", 1))
+    with pytest.raises(InputError, match=r"disagree on which of 1 trial\(s\) are real \(first: u0.wav\)"):
+        evaluate_score.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    with pytest.raises(InputError, match="nowhere: expected a folder of score files, or the name of a model"):
+        evaluate_score.main(["--result_folder", str(tmp_path), "--compare", "a", "nowhere"])
+
+
+# ── Metrics, calibration, thresholds ─────────────────────────────────────────────────────────────
+
+
+def test_probabilities_become_log_odds_and_saturated_ones_are_counted(tmp_path, capsys):
+    llrs = np.array([-3.0, 40.0, 2.0, 5.0, -5.0, -2.0, 1.0])
+    names, words = list("abcdefg"), ["real"] * 4 + ["fake"] * 3
+    (tmp_path / "llr").mkdir(), (tmp_path / "p").mkdir()
+    write_scores(tmp_path / "llr" / "C1_result.txt", names, llrs, words)
+    write_scores(tmp_path / "p" / "C1_result.txt", names, 1 / (1 + np.exp(-llrs)), words)
+    from_llr, from_p = run_json(capsys, "--result_folder", tmp_path, "--metrics")
+    assert (from_llr["scores_are"], from_p["scores_are"]) == ("log-likelihood ratios", "probabilities")
+    assert (from_llr["n_saturated"], from_p["n_saturated"]) == (0, 1)
+    for metric in ("auc", "min_dcf", "act_dcf", "cllr"):
+        assert from_p[metric] == pytest.approx(from_llr[metric], abs=1e-7), metric
+    text = run_text(capsys, "--result_folder", tmp_path, "--metrics")
+    assert "p: WARNING: scores of exactly 0 or 1, rounded by softmax: C1 1;" in text
+    assert "llr: the scores are taken for log-likelihood ratios" in text
+
+
+def test_calibration_mends_the_costs_and_leaves_what_only_ranks(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    names, words = [f"t{i}" for i in range(2000)], ["real"] * 1000 + ["fake"] * 1000
+    for file in ("ITW_result.txt", "dev_result.txt"):          # LLRs of N(2, 4) against N(-2, 4), spoilt: x 3, + 7
+        llrs = rng.normal(np.repeat([2, -2], 1000), 2)
+        write_scores(tmp_path / file, names, 3 * llrs + 7, words)
+    (record,) = run_json(capsys, "--result_folder", tmp_path, "--calibrate", "dev_result.txt")
+    fit = record["calibrated"]
+    assert fit["slope"] == pytest.approx(1 / 3, rel=0.1) and fit["offset"] == pytest.approx(-7 / 3, rel=0.1)
+    assert fit["cllr"] < 0.6 * record["cllr"] and fit["act_dcf"] < 0.7 * record["act_dcf"]
+    assert record["min_dcf"] <= fit["act_dcf"] < 1.1 * record["min_dcf"]
+
+
+def test_a_threshold_from_development_scores_gives_accuracy_and_error_rates(tmp_path, capsys):
+    write_scores(tmp_path / "dev.txt", list("abcd"), [1, 3, 0, 2], ["real", "real", "fake", "fake"])      # EER threshold: 1
+    write_scores(tmp_path / "C1_result.txt", list("abcde"), [2, 1, 5, 0, 1.5], ["real"] * 3 + ["fake"] * 2)
+    (record,) = run_json(capsys, "--result_folder", tmp_path, "--threshold_from", tmp_path / "dev.txt")
+    assert record["at_dev_threshold"] == pytest.approx({"threshold": 1, "accuracy": 3 / 5, "frr": 1 / 3, "far": 1 / 2})
+
+
+def test_a_development_file_belongs_to_one_model(tmp_path):
+    for model in "ab":
+        write_subset(tmp_path / model, "C1_result.txt")
+    dev = write_subset(tmp_path / "elsewhere", "dev.txt")
+    with pytest.raises(InputError, match="belong to one model: with 2 models, put such a file into each"):
+        evaluate_score.main(["--result_folder", str(tmp_path), "--calibrate", "missing.txt"])
+    dev.write_text("a 0.5 real\n")
+    with pytest.raises(InputError, match="both classes, got 1 real and 0 fake"):
+        evaluate_score.main(["--result_folder", str(tmp_path / "a"), "--calibrate", str(dev)])
+
+
+def test_tdcf_is_named_legacy_and_given_for_19la_only(tmp_path, capsys):
+    for file in ("19LA_result.txt", "C1_result.txt"):
+        write_subset(tmp_path, file)
+    (tmp_path / "asv").write_text("".join(f"- {key} {score}\n" for key, score in [
+        ("target", 2), ("target", 3), ("nontarget", -1), ("nontarget", 0), ("spoof", 2), ("spoof", 1)]))
+    records = {r["subset"]: r for r in run_json(capsys, "--result_folder", tmp_path, "--asv_scores", tmp_path / "asv")}
+    assert 0 < records["19LA"]["min_tdcf_2019_legacy"] <= 1 and "min_tdcf_2019_legacy" not in records["C1"]
+    assert "min t-DCF (legacy 2019)" in run_text(capsys, "--result_folder", tmp_path, "--asv_scores", tmp_path / "asv")
+
+
+# ── The paper's figures ──────────────────────────────────────────────────────────────────────────
+
+
+def test_the_papers_tables_are_those_of_the_reference():
+    if not (REFERENCE / "paper_tables.json").is_file():
+        pytest.skip(f"needs {REFERENCE / 'paper_tables.json'}")
+    paper = json.loads((REFERENCE / "paper_tables.json").read_text())
+    assert [{"IWA": "ITW"}.get(column, column) for column in paper["columns"]] == list(paper_tables.PAPER_COLUMNS)
+    published = {key.split()[0]: {row: tuple(values) for row, values in rows.items()} for key, rows in paper.items() if "(" in key}
+    assert paper_tables.TABLES == published
+
+
+@pytest.mark.parametrize("errors, verdict", [(2, "equal"), (3, "inside the interval"), (60, "differs: outside the interval")])
+def test_the_paper_stands_beside_ours_with_a_verdict(tmp_path, capsys, errors, verdict):
+    n = 25_000                                         # 2 errors in 25,000: 0.008 %, as in the paper
+    real, fake = np.arange(n) + n - 2 * errors, np.arange(n) + 0.5
+    write_scores(tmp_path / "C1_result.txt", [f"t{i}" for i in range(2 * n)], [*real, *fake], ["real"] * n + ["fake"] * n)
+    argv = ("--result_folder", tmp_path, "--paper", "VIII:W2V2-AASIST(SAM)")
+    (record,) = run_json(capsys, *argv)
+    assert (record["paper"], record["paper_row"], record["paper_verdict"]) == (0.008, "VIII:W2V2-AASIST(SAM)", verdict)
+    assert verdict in run_text(capsys, *argv)
+
+
+def test_known_faults_of_the_paper_are_marked(tmp_path, capsys):
+    write_subset(tmp_path / "codec_w2v2aasist", "C1_result.txt", eer=0.3)
+    write_subset(tmp_path / "vocoder_mellcnn", "ITW_result.txt", eer=0.53, n=300)
+    text = run_text(capsys, "--result_folder", tmp_path, "--paper")
+    assert "the paper's own score file gives 0.008" in text
+    assert "the paper's detector is inverted (EER 52.979)" in text
+
+
+def test_a_model_without_a_published_row_is_told_which_there_are(tmp_path):
+    write_subset(tmp_path / "mine", "C1_result.txt")
+    for argv, message in ((["--paper"], "a model named 'mine'"), (["--paper", "IX:X"], "called 'IX:X'")):
+        with pytest.raises(InputError, match=message + r"; give --paper one of III:Mel-LCNN, .*VIII:W2V2-AASIST\(CSAM\)"):
+            evaluate_score.main(["--result_folder", str(tmp_path), *argv])
+
+
+# ── Against the corpus ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def codecfake(tmp_path) -> Path:
+    """Protocols of C1 (trailing blanks as in the release) and C7 (two codecs), and their score files in `result`."""
+    label = tmp_path / "Codecfake" / "label"
+    label.mkdir(parents=True)
+    (label / "C1.txt").write_text("".join(f"u{i}.wav real 0\nF01_u{i}.wav fake 1 \n" for i in range(40)))
+    (label / "C7.txt").write_text("".join(f"u{i}.wav real 0\nF01_u{i}.wav fake {6 + i % 2}\n" for i in range(40)))
+    for subset in ("C1", "C7"):
+        write_subset(tmp_path / "result", f"{subset}_result.txt", eer=0.2)
+    return tmp_path
+
+
+def test_matching_score_files_pass_the_strict_check(codecfake, capsys):
+    evaluate_score.main(["--result_folder", str(codecfake / "result"), "--strict", "-d", str(codecfake / "Codecfake"), "--no_ci"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("old, new, problem", [
+    ("u0.wav 0.", "v0.wav 0.", "1 missing (in the protocol, not scored): u0.wav"),
+    ("u0.wav 0.", "v0.wav 0.", "1 extra (scored, not in the protocol): v0.wav"),
+    (" real", " fake", "40 wrong label: u0.wav, u1.wav, u2.wav, .."),
+])
+def test_mismatches_are_counted_and_named_and_strict_refuses_them(codecfake, capsys, old, new, problem):
+    path = codecfake / "result" / "C1_result.txt"
+    path.write_text(path.read_text().replace(old, new, 1 if "u0" in old else -1))
+    argv = ["--result_folder", str(codecfake / "result"), "-d", str(codecfake / "Codecfake"), "--no_ci"]
+    evaluate_score.main(argv)
+    assert f"warning: {path}: {problem}\n" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"mismatch\(es\) between the score files and the protocols"):
+        evaluate_score.main([*argv, "--strict"])
+    assert f"mismatch: {path}: {problem}\n" in capsys.readouterr().err
+
+
+def test_strict_counts_duplicated_and_non_finite_scores_too(codecfake, capsys):
+    path = codecfake / "result" / "C7_result.txt"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[0], lines[1].split()[0] + " nan real"]) + "\n")
+    with pytest.raises(InputError):
+        evaluate_score.main(["--result_folder", str(codecfake / "result"), "-d", str(codecfake / "Codecfake"), "--strict"])
+    err = capsys.readouterr().err
+    assert "2 duplicated: u0.wav, u1.wav" in err and "1 non-finite: u1.wav" in err
+
+
+def test_by_source_gives_each_codec_its_row_with_pooled_real(codecfake, capsys):
+    argv = ("--result_folder", codecfake / "result", "-d", codecfake / "Codecfake", "--by", "source")
+    c1, c7 = run_json(capsys, *argv)
+    assert [(part["source"], part["n_real"], part["n_fake"]) for part in c1["by_source"]] == [("F01", 40, 40)]
+    assert [(part["source"], part["n_real"], part["n_fake"]) for part in c7["by_source"]] == [("F06", 40, 20), ("F07", 40, 20)]
+    assert c1["by_source"][0]["eer"] == c1["eer"] and c1["by_source"][0]["interval"] == c1["interval"]
+    text = run_text(capsys, *argv)
+    assert "EER by source" in text and "F06" in text
+
+
+def test_by_source_works_on_19la_and_its_attacks(tmp_path, capsys):
+    protocols = tmp_path / "LA" / "ASVspoof2019_LA_cm_protocols"
+    protocols.mkdir(parents=True)
+    rows = [f"LA_0001 LA_E_{i} - - bonafide" for i in range(20)] + [f"LA_0002 LA_E_{i} - A{7 + i % 3:02d} spoof" for i in range(20, 50)]
+    (protocols / "ASVspoof2019.LA.cm.eval.trl.txt").write_text("\n".join(rows) + "\n")
+    rng = np.random.default_rng(0)
+    (tmp_path / "result").mkdir()
+    write_scores(tmp_path / "result" / "19LA_result.txt", [row.split()[1] for row in rows], rng.uniform(size=50),
+                 [row.split()[4] for row in rows])
+    (record,) = run_json(capsys, "--result_folder", tmp_path / "result", "-t", "19LA", "-d", tmp_path / "LA", "--by", "source", "--strict")
+    assert [part["source"] for part in record["by_source"]] == ["A07", "A08", "A09"]
+    assert {part["n_real"] for part in record["by_source"]} == {20}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--strict"], "--strict and --by need the corpus"),
+    (["--by", "source"], "give its folder with -d"),
+    (["--compare", "a", "b", "--plot", "x.png"], "--compare prints its table only"),
+    (["--format", "csv", "--metrics", "--paper"], "csv prints one table"),
+    (["--resamples", "0"], "expected a whole number of at least 1, got '0'"),
+    (["-t", "co-train"], "invalid choice"),
+])
+def test_options_that_contradict_each_other_are_refused_by_the_parser(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate_score.main(argv)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+# ── Files to write ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_asvspoof5_export_has_its_header_tabs_and_full_precision(tmp_path, capsys):
+    path = write_subset(tmp_path / "m", "C1_result.txt")
+    run_text(capsys, "--result_folder", tmp_path / "m", "--no_ci", "--export_asvspoof5", tmp_path / "out")
+    lines = (tmp_path / "out" / "m_C1.tsv").read_text().splitlines()
+    assert lines[0] == "filename\tcm-score"
+    assert [line.split("\t") for line in lines[1:]] == [line.split()[:2] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["det", "histogram", "eer", "reliability"])
+def test_every_kind_of_plot_can_be_drawn(tmp_path, capsys, kind):
+    write_model(tmp_path / "m", names=("C1", "ITW"))
+    run_text(capsys, "--result_folder", tmp_path / "m", "--plot", tmp_path / "p.svg", "--plot_kind", kind, "--resamples", 50)
+    text = (tmp_path / "p.svg").read_text()
+    assert "<svg" in text and text.count("<path") > 5
+
+
+def test_a_histogram_is_of_one_model(tmp_path):
+    for model in "ab":
+        write_subset(tmp_path / model, "C1_result.txt")
+    with pytest.raises(InputError, match="histogram draws one model"):
+        evaluate_score.main(["--result_folder", str(tmp_path), "--plot", str(tmp_path / "p.svg"), "--plot_kind", "histogram", "--no_ci"])
