@@ -52,6 +52,8 @@ def metrics_table(models: Sequence[Model], results: Sequence[Result], inputs: Me
 
 def _measure(model: Model, results: Sequence[Result], inputs: MetricInputs, n_models: int) -> list[str]:
     """Fill `extra` of one model's results; return what a reader must know about the figures."""
+    if not results:
+        return ["no score file with both classes"]
     dev = {name: _read_dev(find_dev_file(model, given, n_models))
            for name, given in (("threshold", inputs.threshold_from), ("calibrate", inputs.calibrate)) if given}
     probabilities = calibration.holds_probabilities([result.trials for result in results] + list(dev.values()))

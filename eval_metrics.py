@@ -20,6 +20,7 @@ from cli import InputError
 
 REAL_WORDS = ("real", "bonafide", "bona-fide")
 FAKE_WORDS = ("fake", "spoof")
+UNLABELLED = "-"           # recordings whose label nobody knows: written, but there is nothing to evaluate
 IS_REAL = {word.encode(): word in REAL_WORDS for word in REAL_WORDS + FAKE_WORDS}
 
 
@@ -105,7 +106,7 @@ def write_scores(path: str | Path, names: Sequence[str], scores: Sequence[float]
             raise InputError(f"{path}: expected each trial once, got {_shortened(name)} again")
         if not np.isfinite(score):
             raise InputError(f"{path}: expected a finite score for {_shortened(name)}, got {score}")
-        if word.encode() not in IS_REAL:
+        if word.encode() not in IS_REAL and word != UNLABELLED:
             raise InputError(f"{path}: expected {_known_words()} for {_shortened(name)}, got {_shortened(word)}")
         seen.add(name)
         lines.append(f"{name} {score!r} {word}\n")
@@ -137,7 +138,8 @@ def _problem_of(fields: list[bytes]) -> str | None:
     if not _is_number(score):
         return f"expected a number as the score, got {_shortened(score)}"
     if word not in IS_REAL:
-        return f"expected {_known_words()}, got {_shortened(word)}"
+        hint = " (a recording without a label, of which there is nothing to evaluate)" if word == UNLABELLED.encode() else ""
+        return f"expected {_known_words()}, got {_shortened(word)}{hint}"
     try:
         name.decode()
     except UnicodeDecodeError:

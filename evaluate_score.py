@@ -179,8 +179,9 @@ def make_report(args: argparse.Namespace, found: Sequence[Table], results: Seque
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
         figures += [(f"{model}: DET curves on normal deviate axes; a dot marks each EER{shaded}", draw("det", own, n_resamples, args.seed)),
-                    (f"{model}: reliability at even odds; on the diagonal, scores mean what they say", plots.reliability_plot(own)),
-                    (f"{model}: scores of real and fake trials", plots.histograms(own))]
+                    (f"{model}: reliability at even odds; on the diagonal, scores mean what they say (bins of "
+                     f"{plots.LEAST_IN_BIN} trials and more)", plots.reliability_plot(own)),
+                    (f"{model}: scores of real and fake trials", plots.histograms(own, columns=2))]
     path = report.write_report(args.report, found, figures, results, shlex.join(command))
     print(f"report: {cli.printable(str(path))}", file=sys.stderr)
 

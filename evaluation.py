@@ -44,6 +44,8 @@ class Interval:
     low: float
     high: float
     unit: str                  # what was resampled: "source utterance" or "trial"
+    n_resamples: int
+    seed: int
     rule_of_three: bool        # no error was seen: `high` is 3 / n, not the bootstrap's
 
 
@@ -92,6 +94,7 @@ class Result:
             record |= {"false_rejections": self.point.false_rejections, "false_acceptances": self.point.false_acceptances}
         if self.interval:
             record |= {"interval": [self.interval.low, self.interval.high], "resampled_by": self.interval.unit,
+                       "n_resamples": self.interval.n_resamples, "seed": self.interval.seed,
                        "interval_by": "rule of three" if self.interval.rule_of_three else "bootstrap"}
         if self.note:
             record["note"] = self.note
@@ -123,7 +126,7 @@ def find_models(folders: Iterable[str | Path], subsets: Sequence[str] = SUBSETS)
 
 def _score_files(folder: Path, subsets: Sequence[str]) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.txt")):
+    for path in sorted(path for path in folder.glob("*.txt") if path.is_file()):
         name = path.stem.removesuffix("_result")
         subset = ALIASES.get(name, name)
         if subset not in subsets:
@@ -146,8 +149,19 @@ def _distinctly_named(models: list[Model]) -> list[Model]:
 
 def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> list[Result]:
     """A result for each of the model's score files. Without resamples there are no intervals."""
-    return [evaluate_trials(model.name, subset, path, eval_metrics.read_scores(path), n_resamples, seed)
-            for subset, path in model.files.items()]
+    results = []
+    for subset, path in model.files.items():
+        result = evaluate_trials(model.name, subset, path, eval_metrics.read_scores(path), n_resamples, seed)
+        if n_missing := _count_missing(path, subset):
+            result.extra["n_missing"] = n_missing
+        results.append(result)
+    return results
+
+
+def _count_missing(path: Path, subset: str) -> int:
+    """How many trials generate_score.py could not score and lists beside the score file."""
+    beside = path.with_name(f"{subset}_missing.txt")
+    return beside.read_bytes().count(b"\n") if beside.is_file() else 0
 
 
 def evaluate_trials(model: str, subset: str, file: Path, trials: Scores, n_resamples: int, seed: int) -> Result:
@@ -165,10 +179,10 @@ def estimate_interval(trials: Scores, subset: str, point: OperatingPoint, n_resa
     clusters, unit = bootstrap.find_clusters(trials.names, subset)
     if not point.false_rejections and not point.false_acceptances:
         fewest = min(np.sum(trials.is_real), np.sum(~trials.is_real))
-        return Interval(0.0, 100 * eval_metrics.rule_of_three(int(fewest)), unit, rule_of_three=True)
+        return Interval(0.0, 100 * eval_metrics.rule_of_three(int(fewest)), unit, n_resamples, seed, rule_of_three=True)
     eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)[:, 0]
     low, high = bootstrap.interval(eers)
-    return Interval(100 * low, 100 * high, unit, rule_of_three=False)
+    return Interval(100 * low, 100 * high, unit, n_resamples, seed, rule_of_three=False)
 
 
 def _why_no_eer(subset: str, n_real: int, n_fake: int) -> str:

@@ -22,6 +22,7 @@ from evaluation import SUBSETS, Result
 EXTENSIONS = (".png", ".pdf", ".svg")
 TICKS = (0.0001, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
 MOST_COLUMNS = 3           # of panels
+LEAST_IN_BIN = 10          # trials, for a point of a reliability diagram
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"               # told apart by the colour-blind too
 MARKERS = "osD^vP*X<>hp"
 
@@ -118,14 +119,14 @@ def _colours(subsets: Sequence[str]) -> dict[str, object]:
 # ── Histograms, bars, reliability ────────────────────────────────────────────────────────────────
 
 
-def histograms(results: Sequence[Result]) -> Figure:
+def histograms(results: Sequence[Result], columns: int = MOST_COLUMNS) -> Figure:
     """Score histograms of both classes with the EER's threshold, a panel a subset, for one model.
 
     Probabilities are drawn as log odds, where a saturated softmax does not hide everything in two bars.
     """
     results = [result for result in results if result.point]
     probabilities = calibration.holds_probabilities([result.trials for result in results])
-    figure, panels = _panels(len(results), width=3.4, height=2.5)
+    figure, panels = _panels(len(results), width=3.4, height=2.5, columns=columns)
     for axes, result in zip(panels, results):
         real, fake, threshold = (calibration.as_llrs(scores, probabilities)[0]
                                  for scores in (result.real, result.fake, np.array([result.point.threshold])))
@@ -170,7 +171,10 @@ def eer_bars(results: Sequence[Result]) -> Figure:
 
 
 def reliability_plot(results: Sequence[Result]) -> Figure:
-    """Reliability diagrams, a panel a model and a curve a subset: on the diagonal, scores mean what they say."""
+    """Reliability diagrams, a panel a model and a curve a subset: on the diagonal, scores mean what they say.
+
+    Bins of fewer than LEAST_IN_BIN trials are left out: their share of real trials is chance.
+    """
     results = [result for result in results if result.point]
     models = list(dict.fromkeys(result.model for result in results))
     figure, panels = _panels(len(models), width=4.2, height=4.2)
@@ -182,7 +186,8 @@ def reliability_plot(results: Sequence[Result]) -> Figure:
         for i, result in enumerate(own):
             real, fake = (calibration.as_llrs(scores, probabilities)[0] for scores in (result.real, result.fake))
             bins = calibration.reliability(real, fake)
-            axes.plot(bins.said, bins.found, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1,
+            enough = bins.count >= LEAST_IN_BIN
+            axes.plot(bins.said[enough], bins.found[enough], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1,
                       color=colours[result.subset], label=result.subset)
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=printable(model),
                  xlabel="probability of being real, as said", ylabel="share of real trials, as found")

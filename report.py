@@ -29,7 +29,7 @@ thead th { border-bottom: 2px solid #333; } .name { text-align: left; } tbody tr
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem; align-items: end; } figure { margin: 0; max-width: 100%; } img { max-width: 100%; height: auto; } figcaption { color: #555; font-size: .85rem; max-width: 26rem; }
 code, .sha td { font-family: ui-monospace, monospace; font-size: .8rem; overflow-wrap: anywhere; white-space: normal; }
 .sha td { text-align: left; } dt { font-weight: 600; } dd { margin: 0 0 .4rem; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; font-size: 9pt; } .wide { overflow: visible; } table { font-size: 7pt; }
+@media print { body { max-width: none; padding: 0; font-size: 9pt; } .wide { overflow: visible; } table, .notes, figcaption { font-size: 7pt; }
   th, td { padding: .1rem .3rem; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 

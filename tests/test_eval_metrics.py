@@ -168,6 +168,19 @@ def test_min_tdcf_2019_by_hand(tmp_path):
     assert eval_metrics.compute_min_tdcf_2019([0, *[2] * 9], [1], asv) == pytest.approx(0.3667)
 
 
+def test_min_tdcf_2019_is_normalised_by_the_cheaper_of_the_two_constant_decisions():
+    # ASV threshold -1: misses 2 of 4, accepts 3 of 4 nontargets and all spoofs.
+    # C1 = 0.9405 / 2 - 0.095 * 3 / 4 = 0.399 is below C2 = 0.5: rejecting all is the cheaper one, and costs 1.
+    asv = eval_metrics.AsvScores(np.array([-3, -2, -1, 5.0]), np.array([0, 0.1, 0.2, -5]), np.array([6.0, 7]))
+    assert eval_metrics.compute_min_tdcf_2019([0], [0], asv) == pytest.approx(1.0)
+
+
+def test_asv_scores_that_leave_no_tandem_cost_are_refused():
+    asv = eval_metrics.AsvScores(np.array([0.0, 1]), np.array([0.0, 1]), np.array([-5.0]))       # every spoof is missed
+    with pytest.raises(InputError, match="tandem cost of zero or less"):
+        eval_metrics.compute_min_tdcf_2019([1], [0], asv)
+
+
 @pytest.mark.parametrize("line", ["- target", "- impostor 1.0", "- target x", "a - target 1.0"])
 def test_malformed_asv_scores_are_named(tmp_path, line):
     (tmp_path / "asv.txt").write_text(f"- target 1.0\n{line}\n")
@@ -263,6 +276,7 @@ def test_harmless_differences_between_editors_are_read(tmp_path, text):
     ("b -inf real", "expected a finite score, got -inf"),
     ("a 0.5 real", "expected each trial once, got 'a' 2 times"),
     ("0.5 real\nc", "got 2 column"),                   # three columns only if the line end is ignored
+    ("\n0.5 real", "got 2 column"),                    # the line end before it is no name
     ("\n\0 0.5 real", "expected"),
     ("b\xff 0.5 real", "expected a name in UTF-8"),
     pytest.param("x" * 10_000_000, "got 1 column", id="10 MB in one line"),
@@ -276,6 +290,13 @@ def test_malformed_rows_are_named_by_file_and_row(tmp_path, bad, message, blank_
         read_scores(path)
     assert str(error.value).startswith(f"{path}:{row}: ")
     assert len(str(error.value)) < 400 + len(str(path)) and "\n" not in str(error.value)
+
+
+def test_unlabelled_recordings_are_written_but_cannot_be_evaluated(tmp_path):
+    write_scores(tmp_path / "audio_result.txt", ["a.mp3"], [0.25], [eval_metrics.UNLABELLED])
+    assert (tmp_path / "audio_result.txt").read_text() == "a.mp3 0.25 -\n"
+    with pytest.raises(InputError, match=r"audio_result\.txt:1: .*got '-' \(a recording without a label"):
+        read_scores(tmp_path / "audio_result.txt")
 
 
 def test_rows_of_three_columns_are_not_made_of_two_lines(tmp_path):

@@ -176,6 +176,13 @@ def test_subsets_without_an_eer_leave_a_dash_and_a_reason(tmp_path, capsys):
     assert "no score file of 19LA, ITW, C3, C4, C5, C6, C7, A1, A2" in text
 
 
+def test_trials_that_were_not_scored_are_counted_below_the_table(tmp_path, capsys):
+    write_subset(tmp_path, "C1_result.txt")
+    (tmp_path / "C1_missing.txt").write_text("a.wav absent\nb.wav absent\n")
+    assert "C1: 2 trials have no score (see C1_missing.txt)" in run_text(capsys, "--result_folder", tmp_path, "--no_ci")
+    assert run_json(capsys, "--result_folder", tmp_path)[0]["n_missing"] == 2
+
+
 def test_markdown_csv_and_latex_hold_the_same_figures(tmp_path, capsys):
     write_model(tmp_path / "a_model", eer=0.2)
     argv = ("--result_folder", tmp_path, "--no_ci", "--format")
