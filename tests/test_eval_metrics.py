@@ -199,6 +199,9 @@ def test_log_odds_undo_softmax_and_count_what_it_saturated():
     back = eval_metrics.to_log_odds(1 / (1 + np.exp(-llrs)))
     assert back.n_saturated == 0
     np.testing.assert_allclose(back.llrs, llrs, rtol=1e-9)
+    beyond_float32 = eval_metrics.to_log_odds([1 - 2.0**-40, 1.0])             # what float64 still tells from 1 is kept
+    np.testing.assert_allclose(beyond_float32.llrs, 40 * math.log(2))
+    assert beyond_float32.n_saturated == 1
     saturated = eval_metrics.to_log_odds([0.0, 1.0, 1.0, 0.5])
     assert saturated.n_saturated == 3
     np.testing.assert_allclose(saturated.llrs, [-149 * math.log(2), 24 * math.log(2), 24 * math.log(2), 0], atol=1e-6)
