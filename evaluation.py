@@ -114,12 +114,12 @@ def find_models(folders: Iterable[str | Path], subsets: Sequence[str] = SUBSETS)
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
-                             "generate_score.py writes them")
+                             "run `python generate_score.py` first, or name another folder with --result_folder")
         places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
         found = [Model(place.resolve().name, place, files) for place in places if (files := _score_files(place, subsets))]
         if not found:
             raise InputError(f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; expected names "
-                             f"such as {subsets[0]}_result.txt; generate_score.py writes them")
+                             f"such as {subsets[0]}_result.txt; run `python generate_score.py` first, or name another folder with --result_folder")
         models += found
     return _distinctly_named(models)
 

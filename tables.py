@@ -47,8 +47,8 @@ def eer_table(results: Sequence[Result], models: Sequence[Model], subsets: Seque
         own = [result for result in results if result.model == model.name]
         rows.append([model.name] + [_eer_cell(own, column) for column in columns])
         notes += _notes_on(model.name, own, subsets)
-    if any(result.inverted for result in results):
-        notes.append("CAVG and AVG are means of the figures shown, as in the paper: inverted detectors count as 100 - EER")
+    if any(result.inverted for result in results) and "CAVG" in columns:
+        notes.append("averages are means of the figures shown, as in the paper: inverted detectors count as 100 - EER")
     return Table("EER (%)", ["model", *columns], rows, notes)
 
 

@@ -111,7 +111,7 @@ def test_a_folder_without_scores_is_one_clear_line_and_exit_code_2(tmp_path, mak
     done = run_script(cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: result") and message in done.stderr and done.stderr.count("\n") == 1
-    assert "generate_score.py" in done.stderr or "no such folder" in done.stderr
+    assert "run `python generate_score.py` first" in done.stderr
 
 
 @pytest.mark.parametrize("bad_row, message", [
