@@ -23,8 +23,11 @@ class InputError(ValueError):
     """Bad input. The message is one line: which file (and row), what was expected, what came, what to do."""
 
 
-class Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that `finally` blocks run."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM, raised where the program stands so that `finally` blocks run."""
+
+
+_stopped_by: int | None = None     # the signal, once one has come
 
 
 def run(main: Callable[[], None], if_stopped: str) -> None:
@@ -33,7 +36,9 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
     A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print `if_stopped` (how to
     go on) and exit with 130 and 143. Anything else is a defect of ours and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    sys.unraisablehook = _report_unraisable
     try:
         main()
         sys.stdout.flush()
@@ -44,10 +49,27 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         sys.exit(SIGNAL_EXIT + signal.SIGPIPE)
     except OSError as error:
         _end(USER_ERROR, f"error: {describe(error)}")
-    except KeyboardInterrupt:
-        _end(SIGNAL_EXIT + signal.SIGINT, f"interrupted: {if_stopped}")
-    except Terminated:
-        _end(SIGNAL_EXIT + signal.SIGTERM, f"terminated: {if_stopped}")
+    except Stopped:
+        word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
+        _end(SIGNAL_EXIT + _stopped_by, f"{word}: {if_stopped}")
+
+
+def _stop(number: int, frame: object) -> None:
+    global _stopped_by
+    _stopped_by = number
+    raise Stopped
+
+
+def _report_unraisable(lost: sys.UnraisableHookArgs) -> None:
+    if lost.exc_type is not Stopped:   # stop_if_asked() makes up for those
+        sys.__unraisablehook__(lost)
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped if a signal has come. Loops call this: an exception raised in a handler is lost when the
+    interpreter happens to be in a callback that ignores them, as while it forks a process."""
+    if _stopped_by is not None:
+        raise Stopped
 
 
 def describe(error: OSError) -> str:
@@ -130,11 +152,7 @@ def switch(text: str) -> bool:
     try:
         return words[text.lower()]
     except KeyError:
-        raise ValueError(f"expected True or False, got {text!r}") from None
-
-
-def _raise_terminated(signum: int, frame: object) -> None:
-    raise Terminated
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}") from None
 
 
 def _end(code: int, message: str) -> None:

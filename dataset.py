@@ -22,6 +22,7 @@ import torch
 import torchaudio
 from torch import Tensor
 
+import cli
 from cli import InputError
 
 SAMPLE_RATE = 16_000
@@ -355,7 +356,9 @@ def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_wor
         _Clips(paths), batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_parent, persistent_workers=False)
     try:
-        yield from loader
+        for batch in loader:
+            cli.stop_if_asked()
+            yield batch
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

@@ -498,12 +498,15 @@ def read_ahead(features: Features, batches: Sequence[np.ndarray], threads: int) 
     between processes. 0 reads in the caller's own thread.
     """
     if threads == 0:
-        yield from map(features.read, batches)
+        for rows in batches:
+            cli.stop_if_asked()
+            yield features.read(rows)
         return
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque = deque()
         try:
             for rows in batches:
+                cli.stop_if_asked()
                 waiting.append(pool.submit(features.read, rows))
                 if len(waiting) > threads:
                     yield waiting.popleft().result()

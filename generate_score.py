@@ -281,7 +281,7 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
             folder = args.result_folder / name if len(heads) > 1 else args.result_folder
             folder.mkdir(parents=True, exist_ok=True)
             eval_metrics.write_scores(folder / "audio_result.txt", [quote(paths[row]) for row in kept],
-                                      to_scores(logits[kept, number], args.llr), ["-"] * len(kept))
+                                      to_scores(logits[kept, number], args.llr), [eval_metrics.UNLABELLED] * len(kept))
             print(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
         for reason in failures.values():

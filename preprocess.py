@@ -129,7 +129,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
             failures |= batch.failures
             if len(failures) > allowed:
                 raise InputError(f"{len(failures)} of {len(trials)} files cannot be read, more than --max_failed "
-                                 f"{args.max_failed:g} %; the first: {next(iter(failures.values() - {'absent'}))}")
+                                 f"{args.max_failed:g} %; the first: {next(iter(batch.failures.values()))}")
             wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
             if writing:
                 writing.result()

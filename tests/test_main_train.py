@@ -1,0 +1,237 @@
+"""The training loop.    python -m pytest tests/test_main_train.py"""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import main_train
+import model
+import torch_files
+from cli import InputError
+from dataset import Trial
+from feature_cache import CacheWriter
+from main_train import Sharpness, train_step
+
+SAM, ASAM = Sharpness(0.05, adaptive=False), Sharpness(0.05, adaptive=True)
+
+
+# ── One step ──
+
+
+def without_dropout(head: nn.Module) -> nn.Module:
+    """Train mode, every dropout switched off: functional dropout asks the layer that calls it."""
+    head.train()
+    for module in head.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.training = False
+    return head
+
+
+@pytest.mark.parametrize("kind, sharpness", [("adam", None), ("sam", SAM)])
+def test_three_steps_follow_the_published_dynamics(reference: Path, kind: str, sharpness: Sharpness | None) -> None:
+    """Losses to 1e-5, running statistics to 1e-5 and 1e-4: the latter show whether SAM's second pass left them alone."""
+    from safetensors.torch import load_file
+
+    expected = json.loads((reference / "training_dynamics.json").read_text())[kind]
+    head = without_dropout(model.load_head(reference / "checkpoints" / "codec_w2v2aasist"))
+    optimiser = torch.optim.Adam(head.parameters(), lr=5e-4, weight_decay=5e-4)
+    features = load_file(reference / "codec_w2v2aasist.parity.safetensors")["features"].float()
+    labels = torch.tensor([0, 1, 1, 0])
+    losses = [float(train_step(head, optimiser, features, labels, sharpness)) for _ in range(3)]
+    np.testing.assert_allclose(losses, expected["losses"], atol=1e-5)
+    state = head.state_dict()
+    for name, values in expected["running"].items():
+        np.testing.assert_allclose(state[name][:6], values, atol=1e-5 if name.startswith("first_bn.") else 1e-4, err_msg=name)
+    with torch.inference_mode():
+        np.testing.assert_allclose(head.eval()(features)[1], expected["logits_after"], atol=0.1)
+
+
+def test_the_loss_divides_by_the_sum_of_weights() -> None:
+    logits, labels = torch.randn(6, 2), torch.tensor([0, 1, 1, 1, 0, 1])
+    weights = torch.tensor([10.0, 1.0])[labels]
+    plain = (weights * F.cross_entropy(logits, labels, reduction="none")).sum() / weights.sum()
+    torch.testing.assert_close(main_train.weighted_cross_entropy(logits, labels), plain)
+
+
+@pytest.mark.parametrize("sharpness", [SAM, ASAM])
+def test_the_perturbation_is_that_of_the_papers(sharpness: Sharpness) -> None:
+    """Its length in the right metric is rho: ||e|| for SAM, ||e / |w||| for ASAM; one norm over all parameters."""
+    head = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    head(torch.randn(5, 3)).square().sum().backward()
+    before = {p: value for p, value in main_train.climb(head, sharpness)}
+    moved = torch.cat([((p - value) / (value.abs() if sharpness.adaptive else 1)).flatten() for p, value in before.items()])
+    torch.testing.assert_close(moved.norm(), torch.tensor(sharpness.rho), atol=1e-5, rtol=0)
+    for p, value in before.items():
+        direction = p.grad * (value.square() if sharpness.adaptive else 1)
+        torch.testing.assert_close(F.normalize((p - value).flatten(), dim=0), F.normalize(direction.flatten(), dim=0), atol=1e-4, rtol=0)
+    main_train.descend(list(before.items()))
+    assert all(torch.equal(p, value) for p, value in before.items())
+
+
+def test_batchnorm_statistics_are_left_alone_in_the_second_pass() -> None:
+    """They normalise by the batch there, and not even the count of batches moves."""
+    norm, x = nn.BatchNorm1d(3), torch.randn(8, 3) * 5 + 2
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    with main_train.frozen_batchnorm(nn.Sequential(norm)):
+        assert norm(x).mean().abs() < 1e-5
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+    norm(x)
+    assert norm.num_batches_tracked == 1
+
+
+# ── Runs ──
+
+
+def make_features(folder: Path, n: int, seed: int, task: str = "codecfake", shift: float = 0.05) -> Path:
+    """A mel cache whose classes differ a little."""
+    for part, rows in (("train", n), ("dev", 6)):
+        rng = np.random.default_rng((seed, rows))
+        labels = np.arange(rows) % 3 > 0
+        values = rng.random((rows, 505, 80), np.float32) * 0.1 + shift * labels[:, None, None]
+        writer = CacheWriter(folder / part / "mel", [Trial(f"{task}{i}.wav", "", int(f), "-") for i, f in enumerate(labels)],
+                             {"feat": "mel"}, (505, 80))
+        writer.write(range(rows), values)
+        writer.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("features")
+    return make_features(root / "Codecfake", 10, 0), make_features(root / "LA", 4, 1, "LA")
+
+
+def train(features: tuple[Path, Path], out: Path, *options: str, task: str = "co-train") -> Path:
+    main_train.main(["-t", task, "-m", "lcnn", "--feat", "mel", "-f", str(features[0]), "-f1", str(features[1]), "-o", str(out),
+                     "--batch_size", "4", "--num_workers", "1", "--gpu", "-1", *options])
+    return out
+
+
+def weights(out: Path, name: str = "anti-spoofing_feat_model.pt") -> bytes:
+    return (out / name).read_bytes()
+
+
+@pytest.mark.parametrize("options", [(), ("--CSAM",), ("--ASAM", "True")])
+def test_two_epochs_resumed_for_two_equal_four(features, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """To the last bit: weights, optimiser, schedule, order (CSAM's smaller corpus carries over) and dropout all go on."""
+    whole = train(features, tmp_path / "whole", "--num_epochs", "4", *options)
+    halves = train(features, tmp_path / "halves", "--num_epochs", "2", *options)
+    train(features, halves, "--num_epochs", "4", "--continue_training", *options)
+    for name in ("anti-spoofing_feat_model.pt", *(f"checkpoint/anti-spoofing_feat_model_{epoch}.pt" for epoch in (1, 2, 3, 4))):
+        assert weights(whole, name) == weights(halves, name), name
+    assert weights(whole, "checkpoint/anti-spoofing_feat_model_3.pt") != weights(whole, "checkpoint/anti-spoofing_feat_model_4.pt")
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch(features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train(features, tmp_path / "whole", "--num_epochs", "2", "--SAM")
+    steps = 0
+    real_step = main_train.Run.step
+
+    def stop_at_the_sixth(run, *arguments):
+        nonlocal steps
+        steps += 1
+        if steps == 6:                 # epoch 2 has four steps; this is its second
+            raise KeyboardInterrupt
+        real_step(run, *arguments)
+    monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
+    monkeypatch.setattr(main_train.Run, "step", stop_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        train(features, tmp_path / "stopped", "--num_epochs", "2", "--SAM")
+    assert torch_files.load(tmp_path / "stopped/last_state.pt")["progress"]["step"] == 1
+    monkeypatch.undo()
+    train(features, tmp_path / "stopped", "--num_epochs", "2", "--SAM", "--continue_training")
+    for name in ("anti-spoofing_feat_model.pt", "checkpoint/anti-spoofing_feat_model_2.pt"):
+        assert weights(whole, name) == weights(tmp_path / "stopped", name)
+
+
+def test_what_a_run_leaves_behind(features, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = train(features, tmp_path / "run", "--num_epochs", "3", "--interval", "1", "--lr", "0.001")
+    printed = capsys.readouterr().out
+    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert [record["lr"] for record in records] == [0.001, 0.0005, 0.00025]
+    assert all({"loss", "dev_loss", "dev_eer", "seconds"} <= set(record) for record in records)
+    assert printed.count("dev EER") == 3 and any((out / "tensorboard").iterdir())
+    best = min(records, key=lambda record: record["dev_loss"])
+    head = model.load_head(out)
+    assert head.info["epoch"] == best["epoch"] and head.info["train_task"] == "co-train" and head.info["seed"] == 688
+    assert head.info["labels"] == ["real", "fake"] and head.info["front_end"] == {"feat": "mel"}
+    assert f"best epoch {best['epoch']}" in printed
+
+
+def test_the_dev_loss_is_that_of_the_whole_set(features, tmp_path: Path) -> None:
+    """The mean of batch means would be another number: the batches hold 4 and 2 clips."""
+    out = train(features, tmp_path / "run", "--num_epochs", "1", task="codecfake")
+    dev = main_train.open_features(features[0], "dev", "mel")
+    stored, labels = dev.read(np.arange(6))
+    with torch.inference_mode():
+        logits = model.load_head(out)(stored.float())[1]
+    expected = main_train.weighted_cross_entropy(logits, labels)
+    assert model.load_head(out).info["dev_loss"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_used_folder_is_never_overwritten(features, tmp_path: Path) -> None:
+    out = train(features, tmp_path / "run", "--num_epochs", "1", task="19LA")
+    before = weights(out)
+    with pytest.raises(InputError, match="not empty, and a finished run is never overwritten"):
+        train(features, out, "--num_epochs", "1", task="19LA")
+    with pytest.raises(InputError, match="was trained with lr 0.0005, now it is 0.1"):
+        train(features, out, "--num_epochs", "2", "--continue_training", "--lr", "0.1", task="19LA")
+    train(features, out, "--num_epochs", "1", "--continue_training", task="19LA")
+    assert weights(out) == before
+
+
+def test_continuing_before_the_first_state_starts_at_epoch_1(features, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    train(features, tmp_path / "new", "--num_epochs", "1", "--continue_training", task="19LA")
+    assert "no state to go on from; starting at epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--SAM", "--ASAM"], "exclude each other"), (["-t", "19LA", "--CSAM"], "--CSAM mixes the two corpora"),
+    (["--CSAM", "--batch_size", "1"], "at least 2"), (["--SAM", "maybe"], "expected True or False"), (["-t", "everything"], "invalid choice"),
+    (["--batch_size", "0"], "at least 1"), (["--num_epochs", "-3"], "at least 1"),
+])
+def test_options_that_make_no_sense(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main_train.parse(["-t", "co-train", *options])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, expected", [([], False), (["--SAM"], True), (["--SAM", "True"], True), (["--SAM", "False"], False), (["--SAM", "false"], False)])
+def test_switches_mean_what_they_say(words: list[str], expected: bool) -> None:
+    assert main_train.parse(["-t", "19LA", *words]).SAM is expected
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_names(features, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"epoch \d, step \d: the loss is (nan|inf); the batch's first clips: codecfake\d"):
+        train(features, tmp_path / "run", "--num_epochs", "3", "--lr", "1e30", task="codecfake")
+
+
+def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> None:
+    other = tmp_path / "LA"
+    for part in ("train", "dev"):
+        writer = CacheWriter(other / part / "mel", [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")], {"feat": "mel", "n_fft": 1024}, (505, 80))
+        writer.write([0, 1], np.zeros((2, 505, 80), np.float32))
+        writer.close()
+    make_features(tmp_path / "CF", 4, 3)
+    meta = CacheWriter                                   # Codecfake's cache says nothing of n_fft, so it does not contradict
+    assert meta and main_train.common_front_end([main_train.open_features(tmp_path / "CF", "dev", "mel"),
+                                                 main_train.open_features(other, "dev", "mel")])["n_fft"] == 1024
+    clash = [main_train.open_features(other, part, "mel") for part in ("train", "dev")]
+    clash[1].front_end = {"feat": "mel", "n_fft": 512}
+    with pytest.raises(InputError, match="made with n_fft 512, .* with 1024"):
+        main_train.common_front_end(clash)
+
+
+def test_bfloat16_trains_to_nearly_the_same_loss(features, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = train(features, tmp_path / precision, "--num_epochs", "1", "--precision", precision, task="codecfake")
+        losses[precision] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
