@@ -61,7 +61,7 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _report_unraisable(lost: sys.UnraisableHookArgs) -> None:
-    if lost.exc_type is not Stopped:   # stop_if_asked() makes up for those
+    if _stopped_by is None:            # else it is Stopped itself, or an object it left half-made
         sys.__unraisablehook__(lost)
 
 

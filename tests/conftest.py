@@ -33,7 +33,7 @@ def write_tone(path: Path, seconds: float = 0.5, pitch: float = 220.0, rate: int
     return path
 
 
-def make_codecfake(root: Path, n_real: int = 6) -> Path:
+def make_codecfake(root: Path, n_real: int = 4) -> Path:
     """Codecfake's layout: fakes a little higher in pitch than the real clips, which a head can learn."""
     for part, tags in (("train", (1, 2)), ("dev", (1,)), *((f"C{k}", (k,)) for k in range(1, 8)), *((f"A{k}", (f"L{k}",)) for k in (1, 2, 3))):
         folder = root / part if part in ("train", "dev") else root / "test" / part

@@ -104,7 +104,7 @@ def make_features(folder: Path, n: int, seed: int, task: str = "codecfake", shif
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("features")
-    return make_features(root / "Codecfake", 10, 0), make_features(root / "LA", 4, 1, "LA")
+    return make_features(root / "Codecfake", 8, 0), make_features(root / "LA", 4, 1, "LA")
 
 
 def train(features: tuple[Path, Path], out: Path, *options: str, task: str = "co-train") -> Path:
@@ -133,14 +133,14 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(features, tmp_path: Path, monke
     steps = 0
     real_step = main_train.Run.step
 
-    def stop_at_the_sixth(run, *arguments):
+    def stop_at_the_fifth(run, *arguments):
         nonlocal steps
         steps += 1
-        if steps == 6:                 # epoch 2 has four steps; this is its second
+        if steps == 5:                 # an epoch has three steps; this is the second of epoch 2
             raise KeyboardInterrupt
         real_step(run, *arguments)
     monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
-    monkeypatch.setattr(main_train.Run, "step", stop_at_the_sixth)
+    monkeypatch.setattr(main_train.Run, "step", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         train(features, tmp_path / "stopped", "--num_epochs", "2", "--SAM")
     assert torch_files.load(tmp_path / "stopped/last_state.pt")["progress"]["step"] == 1
