@@ -140,9 +140,9 @@ def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_
 def at_least(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number not below `least`."""
     def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
-        return value
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
     return number
 
 

@@ -15,7 +15,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import analyses
@@ -24,7 +24,6 @@ import cli
 import eval_metrics
 import evaluation
 import paper_tables
-import protocol_check
 import tables
 from cli import InputError
 from evaluation import SUBSETS, TASKS, Model, Result
@@ -45,9 +44,9 @@ def get_parser() -> argparse.ArgumentParser:
 
     worth = parser.add_argument_group("what an EER is worth")
     worth.add_argument("--no_ci", action="store_true", help="no bootstrap intervals")
-    worth.add_argument("--resamples", type=_at_least(1), default=bootstrap.N_RESAMPLES, metavar="N",
+    worth.add_argument("--resamples", type=cli.at_least(1), default=bootstrap.N_RESAMPLES, metavar="N",
                        help="bootstrap resamples (default: %(default)s)")
-    worth.add_argument("--seed", type=_at_least(0), default=0, help="of the bootstrap (default: %(default)s)")
+    worth.add_argument("--seed", type=cli.at_least(0), default=0, help="of the bootstrap (default: %(default)s)")
     worth.add_argument("--paper", nargs="?", const="", metavar="TABLE:ROW",
                        help="the paper's figures beside ours; the row is told from the name of a released model, or given")
 
@@ -129,9 +128,9 @@ def check_protocols(args: argparse.Namespace, models: Sequence[Model]) -> dict[s
     if not scored:
         raise InputError(f"-d {args.path_to_database}: no score file of {args.task or 'codecfake'} to hold against it; "
                          "name the corpus's task with -t")
-    labels = {subset: protocol_check.protocol_labels(args.task or "codecfake", args.path_to_database, subset) for subset in scored}
+    labels = {subset: analyses.protocol_labels(args.task or "codecfake", args.path_to_database, subset) for subset in scored}
     problems = [problem for model in models for subset in scored if subset in model.files
-                for problem in protocol_check.find_problems(model.files[subset], labels[subset])]
+                for problem in analyses.find_problems(model.files[subset], labels[subset])]
     for problem in problems:
         print(cli.printable(f"{'mismatch' if args.strict else 'warning'}: {problem}"), file=sys.stderr)
     if problems and args.strict:
@@ -205,14 +204,6 @@ def show(found: Sequence[Table], records: Sequence[dict], style: str) -> None:
     if style in ("json", "csv"):
         for note in (note for table in found for note in table.notes):
             print(cli.printable(note), file=sys.stderr)
-
-
-def _at_least(lowest: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {lowest}, got {text!r}")
-        return int(text)
-    return number
 
 
 if __name__ == "__main__":

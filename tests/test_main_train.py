@@ -195,7 +195,7 @@ def test_continuing_before_the_first_state_starts_at_epoch_1(features, tmp_path:
 @pytest.mark.parametrize("options, message", [
     (["--SAM", "--ASAM"], "exclude each other"), (["-t", "19LA", "--CSAM"], "--CSAM mixes the two corpora"),
     (["--CSAM", "--batch_size", "1"], "at least 2"), (["--SAM", "maybe"], "expected True or False"), (["-t", "everything"], "invalid choice"),
-    (["--batch_size", "0"], "at least 1"), (["--num_epochs", "-3"], "at least 1"),
+    (["--batch_size", "0"], "at least 1"), (["--num_epochs", "ten"], "a whole number of at least 1"),
 ])
 def test_options_that_make_no_sense(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stopped:
