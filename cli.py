@@ -57,6 +57,8 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
 def _stop(number: int, frame: object) -> None:
     global _stopped_by
     _stopped_by = number
+    for repeated in (signal.SIGINT, signal.SIGTERM):      # an impatient second Ctrl-C must not break off the clean end
+        signal.signal(repeated, signal.SIG_IGN)
     raise Stopped
 
 
@@ -113,6 +115,17 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+_locks: set[IO] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    for file in _locks:
+        file.close()                   # closing a copy leaves the parent's lock as it is
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)     # else a killed owner's helpers would hold on to its lock
+
+
 @contextmanager
 def only_one(folder: str | Path) -> Iterator[None]:
     """Hold `folder` for this process. The kernel drops the lock with its owner, however that one ends.
@@ -126,7 +139,11 @@ def only_one(folder: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
-        yield
+        _locks.add(file)
+        try:
+            yield
+        finally:
+            _locks.discard(file)
 
 
 def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None) -> None:
@@ -135,6 +152,13 @@ def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_
     parser.add_argument("--batch_size", type=at_least(1), default=batch_size, metavar="N", help=batch_help)
     parser.add_argument("--num_workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
                         help="helpers that read ahead; 0: read in the main process (default: %(default)s)")
+
+
+def percent(text: str) -> float:
+    """An argparse type: a number from 0 to 100."""
+    if not 0 <= (value := float(text)) <= 100:
+        raise argparse.ArgumentTypeError(f"expected 0 to 100, got {text}")
+    return value
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -9,12 +9,14 @@ import csv
 import hashlib
 import math
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
@@ -42,8 +44,7 @@ SCORED = {                 # task -> {subset as score files name it: part of the
 LABEL_WORDS = {"codecfake": ("real", "fake"), "19LA": ("bonafide", "spoof"), "ITW": ("bonafide", "spoof")}
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
+class Trial(NamedTuple):           # a million of them are read in seconds; a frozen dataclass takes three times as long
     """One row of a protocol."""
 
     name: str      # as score files write it: with .wav in Codecfake, without extension elsewhere
@@ -90,7 +91,7 @@ def _codecfake(root: Path, part: str) -> list[Trial]:
             raise _bad_row(protocol, row, "`name.wav real|fake tag`", fields)
         name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
         label = _label(protocol, row, fields[1], {"real": REAL, "fake": FAKE})
-        source = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else tag
+        source = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
         trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else source))
     return trials
 
@@ -109,7 +110,8 @@ def _asvspoof2019(root: Path, part: str) -> list[Trial]:
             raise _bad_row(protocol, row, "`speaker utterance - attack key`", fields)
         name = _plain_name(protocol, row, fields[1])
         label = _label(protocol, row, fields[4], {"bonafide": REAL, "spoof": FAKE})
-        trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else fields[3]))
+        attack = _plain_name(protocol, row, fields[3], "attack")
+        trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
     return trials
 
 
@@ -188,16 +190,19 @@ def _rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _csv_rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of `meta.csv` below its header; a first row that is data is kept as data."""
-    lines = list(_lines(protocol))
-    for (row, _), fields in zip(lines, csv.reader([line for _, line in lines])):
+    for row, line in _lines(protocol):
+        try:
+            fields = next(csv.reader([line], strict=True))       # each line by itself: a stray quote must not swallow the next
+        except csv.Error as error:
+            raise InputError(f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})") from None
         if [field.strip() for field in fields] != ["file", "speaker", "label"]:
             yield row, fields
 
 
-def _plain_name(protocol: Path, row: int, name: str) -> str:
-    """The name, once it is sure to stay inside the corpus's folder."""
+def _plain_name(protocol: Path, row: int, name: str, what: str = "file name") -> str:
+    """The name, once it is sure to stay inside the corpus's folder and to drive no terminal."""
     if not name or "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():
-        raise InputError(f"{protocol}:{row}: expected a plain file name, got {name[:60]!r}")
+        raise InputError(f"{protocol}:{row}: expected a plain {what}, got {name[:60]!r}")
     return name
 
 
@@ -250,7 +255,7 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
                 blocks.append(block.mean(axis=1))
                 wanted -= len(block)
             rate = file.samplerate
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise InputError(f"{path}: cannot be read as audio ({reason}); fetch the file again or take it out") from None
     except OSError as error:
@@ -329,15 +334,21 @@ class ClipBatch:
 
 
 class _Clips(torch.utils.data.Dataset):
-    def __init__(self, paths: Sequence[str]):
+    def __init__(self, paths: Sequence[str], num_workers: int):
         self.paths = paths
+        # (process, row) that each worker is at, in memory they share: the last word of one that dies.
+        self.reading = torch.full((max(num_workers, 1), 2), -1).share_memory_()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitems__(self, rows: list[int]) -> ClipBatch:
+        worker = torch.utils.data.get_worker_info()
+        mine = self.reading[worker.id if worker else 0]
+        mine[0] = os.getpid()
         good, clips, rates, failures, digests = [], [], Counter(), {}, []
         for row in rows:
+            mine[1] = row
             try:
                 clip, rate = _load_clip(self.paths[row])
             except InputError as error:
@@ -347,13 +358,22 @@ class _Clips(torch.utils.data.Dataset):
             clips.append(clip)
             rates[rate] += 1
             digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
+        mine[1] = -1
         return ClipBatch(good, torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES), rates, failures, digests)
+
+    def read_by_the_dead(self, report: str) -> str:
+        """The file that the process named in torch's report was reading, or those that any was."""
+        dead = {int(number) for number in re.findall(r"\bpid\(?s?\)? (\d+)", report)}
+        rows = {process: row for process, row in self.reading.tolist() if row >= 0}
+        suspects = [self.paths[row] for process, row in rows.items() if process in dead] or [self.paths[row] for row in rows.values()]
+        return "it was reading " + " or ".join(suspects) if suspects else "it was not reading a file"
 
 
 def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[ClipBatch]:
     """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one)."""
+    clips = _Clips(paths, num_workers)
     loader = torch.utils.data.DataLoader(
-        _Clips(paths), batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
+        clips, batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_parent, persistent_workers=False)
     try:
         for batch in loader:
@@ -362,8 +382,9 @@ def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_wor
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise InputError(f"a decoding process died ({str(error).splitlines()[0]}); lower --num_workers, or see with "
-                         "--num_workers 0 which file it was") from error
+        report = str(error).splitlines()[0]
+        raise InputError(f"a decoding process died ({report}); {clips.read_by_the_dead(report)}. Take that file out, or lower "
+                         "--num_workers if memory ran out") from error
 
 
 def _unchanged(batch: ClipBatch) -> ClipBatch:

@@ -5,6 +5,8 @@ nontarget trials the fake (spoofed) ones. Rates are fractions, not percent.
 """
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,26 +94,67 @@ def _parse(lines: bytes) -> Scores:
 def write_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> None:
     """Write a score file that read_scores() reads back to the last bit, whole or not at all.
 
-    Raises InputError, before anything is written, for names that are empty, hold a blank or occur
-    twice, for scores that are not finite, for unknown words, and for sequences of unequal length.
+    Raises InputError as format_scores(), before anything is written.
+    """
+    text = format_scores(path, names, scores, words)
+    with cli.replacing(path) as file:
+        file.write(text)
+
+
+def format_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> str:
+    """What a score file at `path` holds.
+
+    Raises InputError for names as check_names(), for scores that are not finite, for unknown words, and
+    for sequences of unequal length.
     """
     if not len(names) == len(scores) == len(words):
         raise InputError(f"{path}: expected as many names as scores and words, "
                          f"got {len(names)}, {len(scores)} and {len(words)}")
-    lines, seen = [], set()
+    check_names(path, names)
+    lines = []
     for name, score, word in zip(names, map(float, scores), words):
-        if not name or name.split() != [name]:
-            raise InputError(f"{path}: expected a trial's name without blanks, got {_shortened(name)}")
-        if name in seen:
-            raise InputError(f"{path}: expected each trial once, got {_shortened(name)} again")
         if not np.isfinite(score):
             raise InputError(f"{path}: expected a finite score for {_shortened(name)}, got {score}")
         if word.encode() not in IS_REAL and word != UNLABELLED:
             raise InputError(f"{path}: expected {_known_words()} for {_shortened(name)}, got {_shortened(word)}")
-        seen.add(name)
         lines.append(f"{name} {score!r} {word}\n")
-    with cli.replacing(path) as file:
-        file.writelines(lines)
+    return "".join(lines)
+
+
+def check_names(path: str | Path, names: Sequence[str]) -> None:
+    """Raise InputError for a name that no score file can hold: empty, with a blank in it, or there twice."""
+    seen = set()
+    for name in names:
+        if not name or name.split() != [name]:
+            raise InputError(f"{path}: expected a trial's name without blanks, got {_shortened(name)}")
+        if name in seen:
+            raise InputError(f"{path}: expected each trial once, got {_shortened(name)} again")
+        seen.add(name)
+
+
+PROVENANCE = "provenance.json"     # beside score files: what made them, and their SHA-256
+
+
+def read_checksums(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each score file in the folder that generate_score.py wrote. Raises InputError where their list is damaged."""
+    path = Path(folder) / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        checksums = json.loads(path.read_bytes()).get("sha256", {})
+        if all(isinstance(value, str) for value in checksums.values()):
+            return checksums
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are")
+
+
+def check_unchanged(path: str | Path, checksums: dict[str, str]) -> None:
+    """Raise InputError where a score file is not what generate_score.py wrote: a changed digit has no other mark."""
+    path = Path(path)
+    if path.name in checksums and hashlib.sha256(path.read_bytes()).hexdigest() != checksums[path.name]:
+        raise InputError(f"{path}: damaged or edited, its SHA-256 is not the one in {PROVENANCE}; score it again with "
+                         f"--overwrite, or remove {PROVENANCE} to take it as it is")
 
 
 def _read(path: str | Path) -> bytes:

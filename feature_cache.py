@@ -126,12 +126,14 @@ class _Layout:
 
     def _open_shard(self, shard: int, flags: int) -> int:
         path = self.shard_path(shard)
-        descriptor = os.open(path, flags)
+        try:
+            descriptor = os.open(path, flags)
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing; {_REPAIR}") from None
         if os.fstat(descriptor).st_size != self.shard_size(shard) or \
                 os.pread(descriptor, self.header_bytes, 0) != self.header(shard):
             os.close(descriptor)
-            raise InputError(f"{path}: damaged, its size or header is not what cache.json says; move the folder "
-                             f"{self.folder} away and run preprocess.py again")
+            raise InputError(f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}")
         return descriptor
 
     def close(self) -> None:
@@ -143,6 +145,9 @@ def _trials_text(trials: Sequence[Trial]) -> bytes:
     return "".join(f"{t.name}\t{t.label}\t{t.source}\n" for t in trials).encode()
 
 
+_REPAIR = "run preprocess.py --verify --repair with the options that made the cache"
+
+
 def _sealed(meta: dict[str, Any]) -> int:
     body = {key: value for key, value in meta.items() if key != "crc32"}
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
@@ -152,20 +157,22 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     try:
         meta = json.loads(path.read_bytes())
-        if meta["format"] != FORMAT or meta["crc32"] != _sealed(meta):
+        if meta["format"] != FORMAT or meta["crc32"] != _sealed(meta) or meta["dtype"] not in DTYPES or \
+                min(meta[size] for size in ("rows", "frames", "dim", "rows_per_shard")) < 1 or not isinstance(meta["front_end"], dict):
             raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: damaged, or not a feature cache of this program; move the folder away and run "
-                         "preprocess.py again") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the folder away") from None
     return meta
 
 
 def _read_index(folder: Path, rows: int) -> np.ndarray:
     path, header = folder / "index.npy", _npy_header((rows, 2), np.uint32)
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; {_REPAIR}") from None
     if len(data) != len(header) + rows * 8 or data[:len(header)] != header:
-        raise InputError(f"{path}: damaged, its size or header is not what cache.json says; move the folder "
-                         f"{folder} away and run preprocess.py again")
+        raise InputError(f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}")
     return np.frombuffer(data, np.uint32, offset=len(header)).reshape(rows, 2).copy()
 
 
@@ -304,6 +311,42 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
         json.dump(meta, file, indent=1)
 
 
+def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
+    """Give the files of a cache back their sizes, headers and the list of trials; return the names of those that lacked it.
+
+    Rows keep the bytes they have, so afterwards every row that suffered is found by its checksum. Where
+    cache.json itself is damaged nobody knows what made the rows: it is removed, so that a CacheWriter
+    starts anew.
+    """
+    folder = Path(folder)
+    try:
+        layout = _Layout(folder, _read_meta(folder))
+    except InputError:
+        (folder / "cache.json").unlink()
+        return ["cache.json"]
+    wanted = {layout.shard_path(shard): (layout.header(shard), layout.shard_size(shard)) for shard in range(layout.n_shards())}
+    header = _npy_header((layout.rows, 2), np.uint32)
+    wanted[folder / "index.npy"] = header, len(header) + layout.rows * 8
+    mended = [path.name for path, (header, size) in wanted.items() if _mend_file(path, header, size)]
+    text, path = _trials_text(trials), folder / "trials.tsv"
+    if hashlib.sha256(text).hexdigest() == layout.meta["protocol_sha256"] and (not path.exists() or path.read_bytes() != text):
+        with cli.replacing(path, "wb") as file:
+            file.write(text)
+        mended.append(path.name)
+    return mended
+
+
+def _mend_file(path: Path, header: bytes, size: int) -> bool:
+    """Put the header and the size right, in place. False where they were."""
+    with open(path, "r+b" if path.exists() else "x+b") as file:
+        if file.seek(0, os.SEEK_END) == size and os.pread(file.fileno(), len(header), 0) == header:
+            return False
+        file.truncate(size)
+        file.seek(0)
+        file.write(header)
+    return True
+
+
 def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raise where an existing cache was made with something else than what is wanted now."""
     flat_found, flat_wanted = found | found["front_end"], wanted | wanted["front_end"]
@@ -334,11 +377,14 @@ class FeatureCache:
 
     def _read_trials(self) -> tuple[list[str], np.ndarray]:
         path = self.path / "trials.tsv"
-        text = path.read_bytes()
-        if hashlib.sha256(text).hexdigest() != self.meta["protocol_sha256"]:
-            raise InputError(f"{path}: damaged, it is not the list that cache.json was made with; move the folder "
-                             f"{self.folder} away and run preprocess.py again")
-        fields = [line.split("\t") for line in text.decode().splitlines()]
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError:
+            raise InputError(f"{path}: missing; {_REPAIR}") from None
+        fields = [line.split("\t") for line in text.decode(errors="replace").splitlines()]
+        if hashlib.sha256(text).hexdigest() != self.meta["protocol_sha256"] or len(fields) != self.layout.rows or \
+                not all(len(field) == 3 and field[1] in (str(REAL), str(FAKE)) for field in fields):
+            raise InputError(f"{path}: damaged, it is not the list that cache.json was made with; {_REPAIR}")
         return [field[0] for field in fields], np.array([int(field[1]) for field in fields], dtype=np.int64)
 
     def require_complete(self) -> None:
@@ -360,8 +406,7 @@ class FeatureCache:
         for position in np.argsort(own, kind="stable"):
             if not self._read_row(int(own[position]), out[position]):
                 raise InputError(f"{self.layout.shard_path(own[position] // self.layout.rows_per_shard)}: row "
-                                 f"{own[position]} ({self.all_names[own[position]]}) is damaged; run preprocess.py "
-                                 "--verify --repair with the options that made the cache")
+                                 f"{own[position]} ({self.all_names[own[position]]}) is damaged; {_REPAIR}")
         return torch.from_numpy(out), torch.from_numpy(self.labels[rows])
 
     def damaged_rows(self, progress: Iterable[int] | None = None) -> list[int]:
@@ -379,8 +424,12 @@ class FeatureCache:
         descriptor, offset = self.layout.locate(row, os.O_RDONLY)
         data = memoryview(out).cast("B")
         while data:
-            count = os.preadv(descriptor, [data], offset)
-            if count == 0:
+            try:
+                count = os.preadv(descriptor, [data], offset)
+            except OSError as error:
+                error.filename = str(self.layout.shard_path(row // self.layout.rows_per_shard))
+                raise
+            if count == 0:             # cut since it was opened
                 return False
             data, offset = data[count:], offset + count
         return zlib.crc32(out) == self.index[row, 0]

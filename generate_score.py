@@ -11,7 +11,9 @@ real. Several models share one pass over the audio, each with a folder of its ow
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -122,7 +124,7 @@ class Scorer:
         full = torch.zeros(self.batch_size, dataset.CLIP_SAMPLES)
         full[:len(clips)] = clips
         full = full.to(self.device)
-        with model.autocast(self.precision, self.device):
+        with model.memory_advice(self.batch_size), model.autocast(self.precision, self.device):
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
             found = [head(features[key].float())[1].float() for head, key in zip(self.heads, self.front_end_of)]
         return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
@@ -193,6 +195,13 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
     if not subsets:
         print(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
+    with cli.only_one(result):
+        for folder in folders:
+            eval_metrics.read_checksums(folder)        # damaged, it would be found only after hours
+        score_subsets(args, heads, subsets, folders)
+
+
+def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path]) -> None:
     scorer = Scorer(args, heads)
     known: dict[bytes, np.ndarray] = {}
     for subset in subsets:
@@ -203,8 +212,7 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
         if note := dataset.describe_rates(rates):
             print(note)
         for number, (folder, head) in enumerate(zip(folders, heads.values())):
-            write_subset(args, folder, subset, logits[:, number], failures)
-            write_provenance(folder, args, head)
+            write_subset(args, folder, subset, logits[:, number], failures, head)
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
@@ -213,6 +221,7 @@ def open_subsets(args: argparse.Namespace) -> list[Subset]:
     subsets = []
     for name, part in wanted.items():
         trials = dataset.read_protocol(args.task, args.path_to_database, part)
+        eval_metrics.check_names(f"{args.path_to_database}, {name}", [trial.name for trial in trials])
         missing = dataset.find_missing(trials)
         absent = set(missing)
         present = [trial for trial in trials if trial not in absent]
@@ -239,8 +248,9 @@ def finished(subset: str, folders: Sequence[Path]) -> bool:
     return all((folder / f"{subset}_result.txt").exists() for folder in folders)
 
 
-def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits: np.ndarray, failures: dict[int, str]) -> None:
-    """The score file, and the list of rows it lacks if it lacks any."""
+def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits: np.ndarray, failures: dict[int, str],
+                 head: torch.nn.Module) -> None:
+    """The score file, the list of rows it lacks if it lacks any, and where it comes from."""
     folder.mkdir(parents=True, exist_ok=True)
     words = dataset.LABEL_WORDS[args.task]
     kept = [row for row in range(len(subset.trials)) if row not in failures]
@@ -252,17 +262,23 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
             file.writelines(f"{trial.name} absent\n" for trial in subset.absent)
             file.writelines(f"{subset.trials[row].name} {cli.printable(reason)}\n" for row, reason in sorted(failures.items()))
     path = folder / f"{subset.name}_result.txt"
-    eval_metrics.write_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
-                              [words[subset.trials[row].label] for row in kept])
+    text = eval_metrics.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
+                                      [words[subset.trials[row].label] for row in kept])
+    # The checksum first: killed in between, there is no score file, and the subset is scored again.
+    write_provenance(folder, args, head, path.name, hashlib.sha256(text.encode()).hexdigest())
+    with cli.replacing(path) as file:
+        file.write(text)
     count = len(subset.absent) + len(failures)
     print(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
 
 
-def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module) -> None:
+def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module, score_file: str, sha256: str) -> None:
+    """What made the scores, and their checksums, which evaluate_score.py holds them against."""
+    checksums = eval_metrics.read_checksums(folder) | {score_file: sha256}
     about = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "head": head.name, "feat": head.feat,
              "scores": "logit difference" if args.llr else "softmax(logits)[real]", "precision": args.precision,
-             "torch": str(torch.__version__), "model": head.info}
-    with cli.replacing(folder / "provenance.json") as file:
+             "torch": str(torch.__version__), "model": head.info, "sha256": checksums}
+    with cli.replacing(folder / eval_metrics.PROVENANCE) as file:
         json.dump(about, file, indent=1)
 
 
@@ -280,7 +296,7 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
         if args.result_folder:
             folder = args.result_folder / name if len(heads) > 1 else args.result_folder
             folder.mkdir(parents=True, exist_ok=True)
-            eval_metrics.write_scores(folder / "audio_result.txt", [quote(paths[row]) for row in kept],
+            eval_metrics.write_scores(folder / "audio_result.txt", [quote(os.fsencode(paths[row])) for row in kept],
                                       to_scores(logits[kept, number], args.llr), [eval_metrics.UNLABELLED] * len(kept))
             print(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
@@ -307,7 +323,7 @@ def find_recordings(given: Sequence[Path]) -> list[str]:
 
 def print_verdicts(name: str, head: torch.nn.Module, paths: Sequence[str], scores: np.ndarray) -> None:
     width = max((len(path) for path in paths), default=0)
-    print(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}.")
+    print(cli.printable(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}."))
     for path, score in zip(paths, scores):
         verdict = "real" if score > THRESHOLD else "fake"
         print(f"{cli.printable(path):<{width}}  {soundfile.info(path).duration:8.2f} s  {score:.6f}  {verdict}")

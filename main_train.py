@@ -44,6 +44,7 @@ from feature_cache import JoinedFeatures, open_features, read_ahead
 
 CLASS_WEIGHTS = (10.0, 1.0)        # real, fake: Codecfake has six fakes a real clip
 STATE_FORMAT = "codecfake-state-1"
+RECORD = {"epoch", "loss", "dev_loss", "dev_eer", "lr", "seconds"}     # of one epoch, in log.jsonl
 SAVE_EVERY = 600                   # seconds; what a kill in the middle of an epoch costs at most
 
 
@@ -291,6 +292,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = lr
         self.train_epoch(epoch, train)
+        self.require_finite_weights()
         dev_loss, dev_eer = evaluate(self.head, dev, self.args, self.device)
         record = {"epoch": epoch, "loss": self.progress.loss / self.progress.weight, "dev_loss": dev_loss, "dev_eer": dev_eer,
                   "lr": lr, "seconds": round(self.progress.seconds, 2)}
@@ -318,12 +320,14 @@ class Run:
                 bar.set_postfix(loss=f"{self.progress.loss / self.progress.weight:.4f}")
                 self.progress.seconds = before + time.monotonic() - began
                 if time.monotonic() - saved > SAVE_EVERY:
+                    self.require_finite_weights()
                     self.save_state()
                     saved = time.monotonic()
 
     def step(self, features: Tensor, labels: Tensor, rows: np.ndarray, train: JoinedFeatures) -> None:
         features, labels = features.to(self.device, non_blocking=True).float(), labels.to(self.device)
-        loss = float(train_step(self.head, self.optimiser, features, labels, self.sharpness, self.args.precision))
+        with model.memory_advice(self.args.batch_size):
+            loss = float(train_step(self.head, self.optimiser, features, labels, self.sharpness, self.args.precision))
         if not np.isfinite(loss):
             names = ", ".join(train.name(row) for row in rows[:5])
             raise InputError(f"epoch {self.epoch}, step {self.progress.step + 1}: the loss is {loss}; the batch's first clips: {names}. "
@@ -332,6 +336,13 @@ class Run:
         self.progress.step += 1
         self.progress.loss += loss * weight
         self.progress.weight += weight
+
+    def require_finite_weights(self) -> None:
+        """Stop before damage is saved: a step of finite loss can still leave weights that are not finite."""
+        for name, tensor in self.head.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"epoch {self.epoch}, after step {self.progress.step}: {name} is not finite any more. The last good "
+                                 "weights are kept; lower --lr")
 
     def best(self) -> dict[str, Any]:
         return min(self.history, key=lambda record: record["dev_loss"])
@@ -345,31 +356,69 @@ class Run:
             model.save_head(self.folder / model.WEIGHTS, self.head, info)
         self.epoch, self.progress = record["epoch"] + 1, Progress()
         self.save_state()
-        with cli.replacing(self.folder / "log.jsonl") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.history)
+        self.write_log()
         with SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"]) as curves:
             for name in ("loss", "dev_loss", "dev_eer", "lr"):
                 if record[name] is not None:
                     curves.add_scalar(name, record[name], record["epoch"])
 
+    def write_log(self) -> None:
+        with cli.replacing(self.folder / "log.jsonl") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.history)
+
     def save_state(self) -> None:
         state = {"format": STATE_FORMAT, "settings": self.settings, "epoch": self.epoch, "progress": vars(self.progress),
                  "history": self.history, "head": self.head.state_dict(), "optimiser": self.optimiser.state_dict()}
-        with cli.replacing(self.folder / "last_state.pt", "wb") as file:
-            torch.save(state, file)
+        torch_files.save(self.folder / "last_state.pt", state)
 
     def load_state(self) -> None:
         path = self.folder / "last_state.pt"
-        state = torch_files.load(path)
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
-            raise InputError(f"{path}: expected the state of a training run, found something else; choose another -o")
+        state = read_state(path)
         for name, value in self.settings.items():
             if state["settings"].get(name) != value:
                 raise InputError(f"{self.folder}: was trained with {name} {state['settings'].get(name)!r}, now it is {value!r}; give "
                                  "the same, or choose another -o")
         self.epoch, self.progress, self.history = state["epoch"], Progress(**state["progress"]), state["history"]
+        if not fits(self.head, state["head"], state["optimiser"]):
+            raise _bad_state(path)
         self.head.load_state_dict(state["head"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        # Only what it remembers of each weight: its options are those of the settings, which agree.
+        self.optimiser.load_state_dict({"state": state["optimiser"]["state"], "param_groups": self.optimiser.state_dict()["param_groups"]})
+        self.write_log()                   # a kill may have come between the state and the log
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state of a run, each part of the type that save_state() gave it. Raises InputError for anything else."""
+    try:
+        state = torch_files.load(path)
+    except InputError as error:
+        raise InputError(f"{error}; or remove it, to train again from epoch 1 to the same weights") from error
+    types = {"settings": dict, "epoch": int, "progress": dict, "history": list, "head": dict, "optimiser": dict}
+    if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        raise InputError(f"{path}: expected the state of a training run, found something else; choose another -o")
+    if not all(isinstance(state.get(name), kind) for name, kind in types.items()) or \
+            not all(torch_files.is_plain(state[name]) for name in ("settings", "progress", "history")) or \
+            state["progress"].keys() != vars(Progress()).keys() or not all(isinstance(x, (int, float)) for x in state["progress"].values()) or \
+            not all(isinstance(record, dict) and RECORD <= record.keys() for record in state["history"]):
+        raise _bad_state(path)
+    return state
+
+
+def fits(head: nn.Module, weights: dict[str, Any], optimiser: dict[str, Any]) -> bool:
+    """Whether stored weights, and what Adam remembers of each, have the names and shapes of this head."""
+    expected = {name: tensor.shape for name, tensor in head.state_dict().items()}
+    found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    moments = optimiser.get("state")
+    parameters = list(head.parameters())
+    return found == expected and isinstance(moments, dict) and all(
+        isinstance(number, int) and 0 <= number < len(parameters) and isinstance(moment, dict)
+        and {name: getattr(tensor, "shape", None) for name, tensor in moment.items()}
+        == {"step": torch.Size(), "exp_avg": parameters[number].shape, "exp_avg_sq": parameters[number].shape}
+        for number, moment in moments.items())
+
+
+def _bad_state(path: Path) -> InputError:
+    return InputError(f"{path}: damaged, it is not the state of such a run; remove it to train again from epoch 1 to the same weights")
 
 
 @torch.inference_mode()
@@ -380,7 +429,7 @@ def evaluate(head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, dev
     batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
     logits = []
     for features, _ in tqdm(read_ahead(dev, batches, args.num_workers), total=len(batches), unit="step", desc="dev", leave=False):
-        with model.autocast(args.precision, device):
+        with model.memory_advice(args.batch_size), model.autocast(args.precision, device):
             logits.append(head(features.to(device).float())[1].float().cpu())
     logits, labels = torch.cat(logits).double(), torch.from_numpy(dev.labels)
     loss = F.cross_entropy(logits, labels, weight=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64))

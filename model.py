@@ -12,7 +12,8 @@ import ctypes
 import hashlib
 import json
 import logging
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def set_precision(precision: str) -> None:
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """bfloat16 where torch holds it safe, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+@contextmanager
+def memory_advice(batch_size: int) -> Iterator[None]:
+    """Turn running out of memory inside the block into a line that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
+                         "the weights), or free memory on that device") from error
 
 
 # ── Front ends ───────────────────────────────────────────────────────────────────────────────────
@@ -435,6 +448,7 @@ def _check_features(features: Tensor, expected: tuple[int, int], head: str) -> N
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 FORMAT = "codecfake-head-1"
+MOST_MODULES = 1_000       # in a pickled head; the released ones have about 100, one that holds itself has no end
 HEADS = {"W2VAASIST": ("xls-r-5",), "lcnn": ("mel", "xls-r-5")}     # name -> the front ends it takes
 
 # What a released file may name: its own classes and torch's layers, DataParallel among them. They come
@@ -476,8 +490,8 @@ def load_head(path: str | Path) -> LCNN | W2VAASIST:
         weights, info = content.get("state_dict"), content.get("info")
     else:
         weights, info = _foreign_weights(path, content), {"trained": "released weights, no record of the training"}
-    if not isinstance(weights, dict) or not isinstance(info, dict):
-        raise InputError(f"{path}: damaged, a checkpoint without weights or record")
+    if not isinstance(weights, dict) or not _is_record(info):
+        raise InputError(f"{path}: damaged, a checkpoint without weights, or with a record of something else")
     head = _head_for(path, weights)
     head.info = info
     return head.eval()
@@ -491,16 +505,22 @@ def save_head(path: str | Path, head: nn.Module, info: dict[str, Any]) -> None:
     """
     content = {"format": FORMAT, "head": head.name, "feat": head.feat, "info": info,
                "state_dict": {name: tensor.cpu() for name, tensor in head.state_dict().items()}}
-    with cli.replacing(path, "wb") as file:
-        torch.save(content, file)
+    torch_files.save(path, content)
+
+
+def _is_record(info: Any) -> bool:
+    """Whether the record holds plain data, and text where the program looks things up."""
+    return isinstance(info, dict) and torch_files.is_plain(info) and isinstance(info.get("front_end", {}), dict) and \
+        all(isinstance(info.get(key, ""), str) for key in ("train_task", "trained", "feat")) and \
+        isinstance(info.get("ssl"), (str, type(None)))
 
 
 def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
     """The state dict of a pickled module, or of a file that is one."""
     if isinstance(content, torch_files.Record):
         try:
-            weights = dict(_walk_module(content, ""))
-        except (AttributeError, TypeError, ValueError, RecursionError):
+            weights = _walk_module(content)
+        except (AttributeError, TypeError, ValueError):
             raise InputError(f"{path}: damaged, or not a pickled network") from None
     elif isinstance(content, dict):
         weights = content
@@ -509,13 +529,18 @@ def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
 
 
-def _walk_module(record: Any, prefix: str) -> list[tuple[str, Tensor]]:
+def _walk_module(record: Any) -> dict[str, Tensor]:
     """What `state_dict()` would give, read off the attributes of a pickled module."""
-    tensors = {**record._parameters, **record._buffers}
-    found = [(prefix + name, tensor) for name, tensor in tensors.items() if tensor is not None]
-    for name, child in record._modules.items():
-        if child is not None:
-            found += _walk_module(child, f"{prefix}{name}.")
+    found: dict[str, Tensor] = {}
+    waiting = [("", record)]
+    for prefix, module in waiting:
+        tensors = {**module._parameters, **module._buffers}
+        if any(len(str(name)) > 200 for name in (*tensors, *module._modules)):
+            raise ValueError("names of unusual length")
+        found |= {f"{prefix}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
+        waiting += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        if len(waiting) > MOST_MODULES:
+            raise ValueError("modules without end")
     return found
 
 

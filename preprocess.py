@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cli
 import dataset
+import feature_cache
 import model
 from cli import InputError
 from dataset import Trial
@@ -43,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="check every row of an existing cache instead")
     parser.add_argument("--repair", action="store_true", help="with --verify: extract the damaged rows anew")
     parser.add_argument("--skip_missing", action="store_true", help="go on without files that the protocol names but that are absent")
-    parser.add_argument("--max_failed", type=float, default=0.1, metavar="PERCENT", help="stop when more of the files cannot be read (default: %(default)s %%)")
+    parser.add_argument("--max_failed", type=cli.percent, default=0.1, metavar="PERCENT", help="stop when more of the files cannot be read (default: %(default)s %%)")
     cli.add_compute_options(parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)")
     return parser
 
@@ -51,9 +52,10 @@ def get_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     if args.verify:
-        damaged = {part: verify(args.features / part / args.feat) for part in ("train", "dev")}
+        for part in ("train", "dev"):
+            require_cache(args.features / part / args.feat)
         if not args.repair:
-            if any(damaged.values()):
+            if any([verify(args.features / part / args.feat) for part in ("train", "dev")]):
                 raise InputError("the cache is damaged as listed above; add --repair to extract those rows anew")
             return
     device = model.pick_device(args.gpu)
@@ -63,10 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, (trials, absent) in corpus.items():
         folder = args.features / part / args.feat
         with cli.only_one(folder):
+            if args.repair:
+                for name in feature_cache.mend_files(folder, trials):
+                    print(f"{folder / name}: damaged; made anew")
             writer = open_cache(args, folder, trials, front_end)
-            if args.verify:
-                writer.forget(damaged[part])
             try:
+                if args.repair:
+                    writer.forget(verify(folder))
                 extract(args, part, writer, front_end, absent, device)
             finally:
                 writer.close()
@@ -118,6 +123,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     # Batches stay aligned to the protocol, so that a resumed run computes what an uninterrupted one would.
     batches = [[row for row in range(first, min(first + size, len(trials))) if row not in absent]
                for first in sorted({row // size * size for row in todo.tolist()})]
+    absent = {row for row in absent if not done[row]}          # what was extracted stays, though its file is gone since
     failures = {row: "absent" for row in absent}
     allowed = int(len(trials) * args.max_failed / 100) + len(absent)
     rates: Counter = Counter()
@@ -126,16 +132,17 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
         writing: Future | None = None
         for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in batches if b], args.num_workers):
             features = compute(front_end, batch.clips, size, args.precision, device)
-            failures |= batch.failures
+            failed = {row: reason for row, reason in batch.failures.items() if not done[row]}
+            failures |= failed
             if len(failures) > allowed:
                 raise InputError(f"{len(failures)} of {len(trials)} files cannot be read, more than --max_failed "
-                                 f"{args.max_failed:g} %; the first: {next(iter(batch.failures.values()))}")
+                                 f"{args.max_failed:g} %; the last: {next(iter(failed.values()))}")
             wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
             if writing:
                 writing.result()
-            writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features[wanted], list(batch.failures))
+            writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features[wanted], list(failed))
             rates += batch.rates
-            bar.update(len(wanted) + len(batch.failures))
+            bar.update(len(wanted) + len(failed))
         if writing:
             writing.result()
     writer.mark_failed(sorted(absent))
@@ -152,7 +159,7 @@ def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, precision
     """
     full = torch.zeros(size, dataset.CLIP_SAMPLES)
     full[:len(clips)] = clips
-    with torch.inference_mode(), model.autocast(precision, device):
+    with model.memory_advice(size), torch.inference_mode(), model.autocast(precision, device):
         return front_end(full.to(device))[:len(clips)].float().cpu().numpy()
 
 
@@ -173,10 +180,13 @@ def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> Non
           f"{layout.rows * layout.row_bytes / 1e9:.2f} GB")
 
 
-def verify(folder: Path) -> list[int]:
-    """Read every row back; print and return those that are damaged."""
+def require_cache(folder: Path) -> None:
     if not (folder / "cache.json").exists():
         raise InputError(f"{folder}: no feature cache to verify; run preprocess.py without --verify first")
+
+
+def verify(folder: Path) -> list[int]:
+    """Read every row back; print and return those that are damaged."""
     cache = FeatureCache(folder)
     damaged = cache.damaged_rows(tqdm(range(len(cache.states)), unit="row", desc=f"verify {folder.parent.name}"))
     cache.layout.close()

@@ -193,7 +193,7 @@ def test_bad_files_stop_or_are_listed(tmp_path: Path, capsys: pytest.CaptureFixt
     (root / "train/strain_001.wav").write_text("not audio")
     soundfile.write(root / "dev/sdev_000.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
     command = ["-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU]
-    with pytest.raises(InputError, match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the first: .*strain_001\.wav: cannot be read"):
+    with pytest.raises(InputError, match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the last: .*strain_001\.wav: cannot be read"):
         run(preprocess, *command)
     run(preprocess, *command, "--max_failed", 20)
     assert "1 files have no features" in capsys.readouterr().out
