@@ -91,6 +91,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def say(line: str) -> None:
+    """Print a line in which names may stand that others chose."""
+    print(printable(line))
+
+
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file beside `path` for writing; rename it to `path` once it is whole and on the disk.

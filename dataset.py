@@ -9,8 +9,9 @@ import csv
 import hashlib
 import math
 import os
-import re
+import signal
 import stat
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -245,7 +246,7 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):   # opening a named pipe would wait for ever
             raise InputError(f"{path}: expected an audio file, found something that is not a regular file")
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:      # names need not be UTF-8
             if not 1 <= file.samplerate <= FASTEST_RATE:
                 raise InputError(f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got {file.samplerate}")
             wanted = _samples_needed(file.samplerate)
@@ -361,12 +362,16 @@ class _Clips(torch.utils.data.Dataset):
         mine[1] = -1
         return ClipBatch(good, torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES), rates, failures, digests)
 
-    def read_by_the_dead(self, report: str) -> str:
-        """The file that the process named in torch's report was reading, or those that any was."""
-        dead = {int(number) for number in re.findall(r"\bpid\(?s?\)? (\d+)", report)}
-        rows = {process: row for process, row in self.reading.tolist() if row >= 0}
-        suspects = [self.paths[row] for process, row in rows.items() if process in dead] or [self.paths[row] for row in rows.values()]
-        return "it was reading " + " or ".join(suspects) if suspects else "it was not reading a file"
+    def left_by_the_dead(self) -> list[str]:
+        """The files that processes which have ended were reading."""
+        return [self.paths[row] if row >= 0 else "no file" for process, row in self.reading.tolist() if process > 0 and _has_ended(process)]
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[ClipBatch]:
@@ -376,14 +381,18 @@ def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_wor
         clips, batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
         worker_init_fn=_leave_signals_to_parent, persistent_workers=False)
     try:
-        for batch in loader:
+        loading = iter(loader)
+        if num_workers and threading.current_thread() is threading.main_thread():
+            # torch raises from a handler wherever the program happens to stand; without it, a death is noticed here.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for batch in loading:
             cli.stop_if_asked()
             yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:         # what a dead process leaves: torch's word, or a broken pipe
+        left = clips.left_by_the_dead() if num_workers else []
+        if not left:
             raise
-        report = str(error).splitlines()[0]
-        raise InputError(f"a decoding process died ({report}); {clips.read_by_the_dead(report)}. Take that file out, or lower "
+        raise InputError(f"a decoding process died while it was reading {' or '.join(left)}; take that file out, or lower "
                          "--num_workers if memory ran out") from error
 
 
@@ -393,8 +402,6 @@ def _unchanged(batch: ClipBatch) -> ClipBatch:
 
 def _leave_signals_to_parent(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

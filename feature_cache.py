@@ -118,7 +118,7 @@ class _Layout:
 
     def locate(self, row: int, flags: int) -> tuple[int, int]:
         """(file descriptor, byte offset) of a row; opens and checks its shard at the first touch."""
-        shard, position = divmod(row, self.rows_per_shard)
+        shard, position = divmod(int(row), self.rows_per_shard)      # a numpy integer would show in the header
         with self._opening:            # reading threads share the descriptors
             if shard not in self._open:
                 self._open[shard] = self._open_shard(shard, flags)

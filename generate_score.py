@@ -193,7 +193,7 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
     folders = [result / name if len(heads) > 1 else result for name in heads]
     subsets = [subset for subset in open_subsets(args) if args.overwrite or not finished(subset.name, folders)]
     if not subsets:
-        print(f"nothing to do: all score files are in {result}; --overwrite scores again")
+        cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
     with cli.only_one(result):
         for folder in folders:
@@ -210,7 +210,7 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
             raise InputError(f"{subset.name}: {len(failures)} files cannot be read, first {next(iter(failures.values()))}; "
                              "or go on without them with --skip_missing")
         if note := dataset.describe_rates(rates):
-            print(note)
+            cli.say(note)
         for number, (folder, head) in enumerate(zip(folders, heads.values())):
             write_subset(args, folder, subset, logits[:, number], failures, head)
 
@@ -234,14 +234,14 @@ def open_subsets(args: argparse.Namespace) -> list[Subset]:
 def explain_missing(args: argparse.Namespace, name: str, trials: list[Trial], present: list[Trial], missing: list[Trial]) -> None:
     """Say what is absent; stop unless that is expected or allowed."""
     if name == "A3" and present and {t.label for t in missing} == {REAL} and REAL not in {t.label for t in present}:
-        print(f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
+        cli.say(f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
               "alone, so it will have no EER")
         return
     line = f"{name}: {dataset.describe_missing(missing, len(trials))}"
     if not present or not args.skip_missing:
         advice = "leave the subset out with --subset" if args.task == "codecfake" else "give the corpus's folder with -d"
         raise InputError(f"{line}; fetch them, {advice}" + (", or go on without them with --skip_missing" if present else ""))
-    print(f"note: {line}; going on without them")
+    cli.say(f"note: {line}; going on without them")
 
 
 def finished(subset: str, folders: Sequence[Path]) -> bool:
@@ -269,7 +269,7 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
     with cli.replacing(path) as file:
         file.write(text)
     count = len(subset.absent) + len(failures)
-    print(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
+    cli.say(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
 
 
 def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module, score_file: str, sha256: str) -> None:
@@ -298,7 +298,7 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
             folder.mkdir(parents=True, exist_ok=True)
             eval_metrics.write_scores(folder / "audio_result.txt", [quote(os.fsencode(paths[row])) for row in kept],
                                       to_scores(logits[kept, number], args.llr), [eval_metrics.UNLABELLED] * len(kept))
-            print(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
+            cli.say(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
         for reason in failures.values():
             print(cli.printable(f"not scored: {reason}"), file=sys.stderr)
@@ -323,10 +323,10 @@ def find_recordings(given: Sequence[Path]) -> list[str]:
 
 def print_verdicts(name: str, head: torch.nn.Module, paths: Sequence[str], scores: np.ndarray) -> None:
     width = max((len(path) for path in paths), default=0)
-    print(cli.printable(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}."))
+    cli.say(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}.")
     for path, score in zip(paths, scores):
         verdict = "real" if score > THRESHOLD else "fake"
-        print(f"{cli.printable(path):<{width}}  {soundfile.info(path).duration:8.2f} s  {score:.6f}  {verdict}")
+        cli.say(f"{path:<{width}}  {soundfile.info(os.fsencode(path)).duration:8.2f} s  {score:.6f}  {verdict}")
 
 
 def trained_on(info: dict) -> str:

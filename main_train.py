@@ -105,11 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.only_one(args.out_fold):
         run = Run(args, head, device, settings_of(args, front_end, train, dev), ssl=train.about.get("ssl"))
         run.start()
-        print(f"{args.model} on {args.feat}: {len(train.labels)} clips to train, {len(dev.labels)} to choose on, {device} -> {args.out_fold}")
+        cli.say(f"{args.model} on {args.feat}: {len(train.labels)} clips to train, {len(dev.labels)} to choose on, {device} -> {args.out_fold}")
         for epoch in range(run.epoch, args.num_epochs + 1):
             run.train_and_record(epoch, train, dev)
         best = run.best()
-        print(f"best epoch {best['epoch']} (dev loss {best['dev_loss']:.4f}): {args.out_fold / model.WEIGHTS}")
+        cli.say(f"best epoch {best['epoch']} (dev loss {best['dev_loss']:.4f}): {args.out_fold / model.WEIGHTS}")
 
 
 # ── Features ─────────────────────────────────────────────────────────────────────────────────────
@@ -277,7 +277,7 @@ class Run:
         if (self.folder / "last_state.pt").exists():
             self.load_state()
         elif self.args.continue_training:
-            print(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
+            cli.say(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
         (self.folder / "checkpoint").mkdir(exist_ok=True)
         self.record_settings()
 
@@ -299,7 +299,7 @@ class Run:
         self.history.append(record)
         self.save_epoch(record)
         eer = "-" if dev_eer is None else f"{dev_eer:.3f} %"
-        print(f"epoch {epoch}/{self.args.num_epochs}  loss {record['loss']:.4f}  dev loss {dev_loss:.4f}  dev EER {eer}  "
+        cli.say(f"epoch {epoch}/{self.args.num_epochs}  loss {record['loss']:.4f}  dev loss {dev_loss:.4f}  dev EER {eer}  "
               f"lr {lr:.3g}  {record['seconds']:.1f} s{'  best so far' if self.best() is record else ''}")
 
     def train_epoch(self, epoch: int, train: JoinedFeatures) -> None:
@@ -428,8 +428,9 @@ def evaluate(head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, dev
     rows = np.arange(len(dev.labels))
     batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
     logits = []
-    for features, _ in tqdm(read_ahead(dev, batches, args.num_workers), total=len(batches), unit="step", desc="dev", leave=False):
-        with model.memory_advice(args.batch_size), model.autocast(args.precision, device):
+    with tqdm(read_ahead(dev, batches, args.num_workers), total=len(batches), unit="step", desc="dev", leave=False) as steps, \
+            model.memory_advice(args.batch_size), model.autocast(args.precision, device):
+        for features, _ in steps:
             logits.append(head(features.to(device).float())[1].float().cpu())
     logits, labels = torch.cat(logits).double(), torch.from_numpy(dev.labels)
     loss = F.cross_entropy(logits, labels, weight=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64))

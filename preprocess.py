@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with cli.only_one(folder):
             if args.repair:
                 for name in feature_cache.mend_files(folder, trials):
-                    print(f"{folder / name}: damaged; made anew")
+                    cli.say(f"{folder / name}: damaged; made anew")
             writer = open_cache(args, folder, trials, front_end)
             try:
                 if args.repair:
@@ -102,7 +102,7 @@ def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], s
         line = dataset.describe_missing(missing, len(trials))
         if not args.skip_missing or len(missing) == len(trials):
             raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
-        print(f"note: {line}; going on without them")
+        cli.say(f"note: {line}; going on without them")
     absent = set(missing)
     return trials, {row for row, trial in enumerate(trials) if trial in absent}
 
@@ -127,7 +127,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     failures = {row: "absent" for row in absent}
     allowed = int(len(trials) * args.max_failed / 100) + len(absent)
     rates: Counter = Counter()
-    print(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done -> {writer.folder}")
+    cli.say(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done -> {writer.folder}")
     with tqdm(total=len(todo), unit="clip", disable=not len(todo), desc=part) as bar, ThreadPoolExecutor(1) as disk:
         writing: Future | None = None
         for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in batches if b], args.num_workers):
@@ -172,11 +172,11 @@ def store(writer: CacheWriter, rows: list[int], features: np.ndarray, failed: li
 
 def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> None:
     if note := dataset.describe_rates(rates):
-        print(note)
+        cli.say(note)
     if failures:
-        print(f"note: {len(failures)} files have no features and will not be trained on; {writer.folder / 'failed.txt'} lists them")
+        cli.say(f"note: {len(failures)} files have no features and will not be trained on; {writer.folder / 'failed.txt'} lists them")
     layout = writer.layout
-    print(f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {layout.shape[0]} x {layout.shape[1]} {layout.dtype}, "
+    cli.say(f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {layout.shape[0]} x {layout.shape[1]} {layout.dtype}, "
           f"{layout.rows * layout.row_bytes / 1e9:.2f} GB")
 
 
@@ -188,12 +188,13 @@ def require_cache(folder: Path) -> None:
 def verify(folder: Path) -> list[int]:
     """Read every row back; print and return those that are damaged."""
     cache = FeatureCache(folder)
-    damaged = cache.damaged_rows(tqdm(range(len(cache.states)), unit="row", desc=f"verify {folder.parent.name}"))
+    with tqdm(range(len(cache.states)), unit="row", desc=f"verify {folder.parent.name}") as rows:
+        damaged = cache.damaged_rows(rows)
     cache.layout.close()
     for row in damaged:
-        print(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
+        cli.say(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
     counts = {what: int((cache.states == state).sum()) for state, what in ((NOT_YET, "not extracted yet"), (FAILED, "failed"))}
-    print(f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
+    cli.say(f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
           + "".join(f", {count} {what}" for what, count in counts.items() if count))
     return damaged
 
