@@ -13,7 +13,7 @@ import signal
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -339,9 +339,6 @@ class _Clips(torch.utils.data.Dataset):
         self.paths = paths
         # (process, row) that each worker is at, in memory they share: the last word of one that dies.
         self.reading = torch.full((max(num_workers, 1), 2), -1).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def __getitems__(self, rows: list[int]) -> ClipBatch:
         worker = torch.utils.data.get_worker_info()

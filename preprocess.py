@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.repair:
             if any([verify(args.features / part / args.feat) for part in ("train", "dev")]):
                 raise InputError("the cache is damaged as listed above; add --repair to extract those rows anew")
+            for part in ("train", "dev"):
+                FeatureCache(args.features / part / args.feat).require_complete()
             return
     device = model.pick_device(args.gpu)
     model.set_precision(args.precision)

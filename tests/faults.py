@@ -273,7 +273,7 @@ HOSTILE_PROGRAMS = {                           # name -> (pickle, what the refus
     "memo place 2^31": (b"\x80\x02K\x01r\xff\xff\xff\x7f\x85R.", "damaged"),
     "text of 2 GB": (b"\x80\x02X\xff\xff\xff\x7fabc.", "damaged"),
     "no instructions": (b"", "damaged"), "no end": (b"\x80\x02", "damaged"), "no result": (b"\x80\x02.", "damaged"),
-    "items of nothing": (b"\x80\x02e.", "damaged"),
+    "items of nothing": (b"\x80\x02e.", "damaged"), "items without a start": (b"\x80\x02K\x01K\x02e.", "items without a start"),
     "4 million lists": (b"\x80\x02" + b"]" * 2**22 + b".", "unusual size"),
     "attributes of a list": (b"\x80\x02]K\x01b.", "attributes for a list"),
     "object of torch.Size": (b"\x80\x02ctorch\nSize\n)\x81.", "unusual way"),

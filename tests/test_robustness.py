@@ -235,6 +235,17 @@ def test_what_was_extracted_stays_when_its_file_is_gone(tmp_path: Path) -> None:
     assert not (tmp_path / "f/train/mel/failed.txt").exists()
 
 
+def test_zeroed_entries_of_the_index_are_told_when_verifying(corpora: Path, tmp_path: Path) -> None:
+    """They look like rows not written yet, which is what they have to be taken for; but such a cache is not whole."""
+    command = ["-d", corpora / "Codecfake", "-f", tmp_path, "--feat", "mel", *CPU]
+    run(preprocess, *command)
+    with open(tmp_path / "train/mel/index.npy", "r+b") as file:
+        file.seek(-16, os.SEEK_END)
+        file.write(bytes(16))
+    with pytest.raises(InputError, match="2 of 12 rows are not extracted yet"):
+        run(preprocess, *command, "--verify")
+
+
 def open_writer(folder: Path, root: Path) -> CacheWriter:
     meta = json.loads((folder / "cache.json").read_text())
     return CacheWriter(folder, dataset.read_protocol("codecfake", root, "train"), meta["front_end"], (505, 80), meta["dtype"])
@@ -446,3 +457,66 @@ def test_two_processes_on_one_result_folder(corpora: Path, tmp_path: Path) -> No
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
     with cli.only_one(tmp_path / "r"), pytest.raises(InputError, match="another process is writing there"):
         run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU)
+
+
+# ── What no other test reaches ──
+
+
+@pytest.mark.parametrize("task, file, row", [("19LA", "LA/ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.eval.trl.txt", "a b c"),
+                                             ("ITW", "label.txt", "a b c"), ("ITW", "meta.csv", "a.wav,spoof")])
+def test_rows_with_too_few_columns_are_named(tmp_path: Path, task: str, file: str, row: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(f"{row}\n")
+    with pytest.raises(InputError, match=rf"{Path(file).name}:1: expected .*, got \d columns"):
+        dataset.read_protocol(task, tmp_path, {"19LA": "eval", "ITW": "all"}[task])
+
+
+def test_a_rate_that_no_converter_has_is_refused(tmp_path: Path) -> None:
+    data = bytearray(write_tone(tmp_path / "x.wav").read_bytes())
+    data[24:28] = (768_001).to_bytes(4, "little")
+    (tmp_path / "x.wav").write_bytes(data)
+    with pytest.raises(InputError, match="expected a sampling rate up to 768000 Hz, got 768001"):
+        dataset.load_clip(tmp_path / "x.wav")
+
+
+def test_a_defect_in_decoding_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path):
+        raise RuntimeError("a defect")
+    monkeypatch.setattr(dataset, "_load_clip", fails)
+    with pytest.raises(RuntimeError, match="a defect"):
+        list(dataset.clip_batches(["x"], [[0]], 0))
+
+
+def test_csam_needs_two_corpora() -> None:
+    with pytest.raises(InputError, match="CSAM takes two corpora"):
+        dataset.proportional_batches([3], 8, 688, 1)
+
+
+def test_a_cache_that_fails_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut while open: the row is damaged. A disk that reports an error: the file is named. No row left: said so."""
+    folder = make_cache(tmp_path / "train/mel", rows=2)
+    cache = FeatureCache(folder)
+    cache.read(np.array([0]))
+    os.truncate(folder / "features_00000.npy", 1000)
+    assert cache.damaged_rows() == [0, 1]
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr(os, "preadv", lambda *arguments: fails_with(errno.EIO)())
+        cache.read(np.array([0]))
+    assert caught.value.filename == str(folder / "features_00000.npy")
+    writer = CacheWriter(folder, [Trial(f"t{i}.wav", "", i % 2, "-") for i in range(2)], {"feat": "mel"}, (505, 80))
+    writer.mark_failed([0, 1])
+    with pytest.raises(InputError, match="holds no readable row"):
+        feature_cache.open_features(tmp_path, "train", "mel")
+
+
+def test_three_parts_of_which_one_has_no_row_in_the_batch(features: Path) -> None:
+    part = FeatureCache(features / "train/mel")
+    joined = feature_cache.JoinedFeatures([part] * 3)
+    assert torch.equal(joined.read(np.array([1, 14]))[0], part.read(np.array([1, 2]))[0].float())
+
+
+@pytest.mark.parametrize("text", ['{"sha256": {"C1_result.txt": 1}}', "[]", "["])
+def test_a_list_of_checksums_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "provenance.json").write_text(text)
+    with pytest.raises(InputError, match="provenance.json: damaged"):
+        eval_metrics.read_checksums(tmp_path)

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from unittest import mock
 
@@ -38,7 +38,6 @@ import torch
 
 import dataset
 import evaluation
-import eval_metrics
 import feature_cache
 import generate_score
 import main_train
@@ -79,33 +78,26 @@ class Stage:
         self.name, self.script, self.folder = name, script, folder
         self.options, self.output = [*map(str, options), "--gpu", "-1"], output
         self.fresh = 0
-        fuse = Fuse(folder)
-        counted = folder / f"{name}.count"
-        self.whole = self.contents(self.new_folder(), [self.run(counting=(fuse, counted))])
-        self.actions = int(counted.read_text())
+        out, counted = self.new_folder(), folder / f"{name}.count"
+        outcome = run_child(lambda: self._count(out, counted))
+        assert outcome.code == 0, outcome.err
+        self.whole, self.actions = self.contents(out), int(counted.read_text())
+
+    def _count(self, out: Path, counted: Path) -> None:
+        """Run undisturbed; note how many actions of the disk that takes."""
+        with (fuse := Fuse(self.folder)).installed():
+            self.main(out)
+        counted.write_text(str(fuse.count))
 
     def new_folder(self) -> Path:
         self.fresh += 1
-        self.out = self.folder / f"{self.name}{self.fresh}"
-        return self.out
+        return self.folder / f"{self.name}{self.fresh}"
 
     def main(self, out: Path, workers: int = 0) -> None:
         self.script.main([*self.options, self.output, str(out), "--num_workers", str(workers)])
 
-    def run(self, counting: tuple[Fuse, Path]) -> Outcome:
-        fuse, counted = counting
-
-        def count() -> None:
-            with fuse.installed():
-                self.main(self.out_for_count)
-            counted.write_text(str(fuse.count))
-        self.out_for_count = self.folder / f"{self.name}1"
-        return run_child(count)
-
-    def contents(self, out: Path, outcomes: Sequence[Outcome]) -> dict[str, object]:
-        """Everything the run leaves, by file. Times are left out, and TensorBoard's files, which hold them."""
-        for outcome in outcomes:
-            assert outcome.code == 0, outcome.err
+    def contents(self, out: Path) -> dict[str, object]:
+        """Everything a run leaves, by file. Times are left out, and TensorBoard's files, which hold them."""
         return {str(path.relative_to(out)): _content(path) for path in sorted(out.rglob("*"))
                 if path.is_file() and path.name != ".lock" and "tensorboard" not in path.parts}
 
@@ -114,7 +106,7 @@ class Stage:
         outcome = run_child(lambda: self.main(out, workers))
         if outcome.code:
             return f"resuming ended with {outcome.code}: {outcome.err.strip().splitlines()[-1:]}"
-        found = self.contents(out, [])
+        found = self.contents(out)
         differing = sorted(name for name in found.keys() | self.whole.keys() if found.get(name) != self.whole.get(name))
         shutil.rmtree(out)
         return f"differs in {', '.join(differing)}" if differing else "equal"
@@ -146,7 +138,7 @@ def make_stages(folder: Path) -> dict[str, Stage]:
     model.save_head(folder / "head" / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel", "train_task": "codecfake"})
     mel = ["-t", "codecfake", "--feat", "mel"]
     features = Stage("preprocess", preprocess, [*mel, "-d", folder / "Codecfake", "--batch_size", 2], "-f", folder)
-    shutil.move(features.out, folder / "features")
+    shutil.move(folder / "preprocess1", folder / "features")
     return {"preprocess": features,
             "train": Stage("train", main_train, [*mel, "-m", "lcnn", "-f", folder / "features", "--batch_size", 3, "--num_epochs", 2,
                                                  "--continue_training"], "-o", folder),
@@ -322,7 +314,7 @@ def damaged(bench: Bench) -> Iterator[Case]:
 
 def _cache_ending(stage: Stage, out: Path) -> str:
     """Whether the damage is named, and --repair undoes it."""
-    intact = stage.contents(out, []) == stage.whole
+    intact = stage.contents(out) == stage.whole
     verify = run_child(lambda: preprocess.main([*stage.options, "-f", str(out), "--verify"]))
     if not intact and verify.code == 0 and _all_rows(out) != _all_rows(stage.folder / "features"):
         return "damage went unseen"
@@ -339,9 +331,9 @@ def _cache_ending(stage: Stage, out: Path) -> str:
 
 def _all_rows(root: Path) -> list[bytes]:
     caches = [feature_cache.FeatureCache(root / part / "mel") for part in ("train", "dev")]
-    found = [cache.read(np.arange(len(cache.labels)))[0].numpy().tobytes() + repr(cache.names).encode() + cache.labels.tobytes() for cache in caches]
-    for cache in caches:
-        cache.layout.close()
+    found = [part.read(np.arange(len(part.labels)))[0].numpy().tobytes() + repr(part.names).encode() + part.labels.tobytes() for part in caches]
+    for each in caches:
+        each.layout.close()
     return found
 
 
@@ -483,14 +475,13 @@ def _three_hours(path: Path) -> None:
     os.truncate(path, 44 + 2 * samples)
 
 
-def _encoded(suffix: str, cache: dict[str, bytes] = {}) -> bytes:
+@cache
+def _encoded(suffix: str) -> bytes:
     """A short recording in that format."""
-    if suffix not in cache:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"x.{suffix}"
-            soundfile.write(path, _wave(0.5), 16_000)
-            cache[suffix] = path.read_bytes()
-    return cache[suffix]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"x.{suffix}"
+        soundfile.write(path, _wave(0.5), 16_000)
+        return path.read_bytes()
 
 
 def _mutations(rng: random.Random, count: int = 900) -> Iterator[tuple[str, Callable[[Path], object]]]:
