@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from scipy.fft import irfft, rfft
+from scipy.signal import lfilter
 from tqdm import tqdm
 
 import cli
@@ -53,7 +54,7 @@ class Part:
 
 
 PARTS = {                                   # files: real + fake
-    "train": Part("train", 72, 72),         # 72 + 432: each clip by each of F01..F06
+    "train": Part("train", 60, 60),         # 60 + 360: each clip by each of F01..F06
     "dev": Part("dev", 12, 12),             # 12 + 72
     "C": Part("test", 40, 40),              # 40 + 40 in each of C1..C7, the real ones the same in all
     "A": Part("test", 40, 40),              # 40 + 40 in each of A1..A3, likewise
@@ -69,11 +70,16 @@ WILD = ("wild1", "wild2", "wild3", "wild4")
 TRAILING_BLANK_EVERY = 11          # lines; the published label files have some
 
 SECONDS = (1.2, 5.0)               # of a synthetic clip
-SPEECH_LEVEL = (-33.0, -21.0)      # dBFS while somebody speaks
-NOISE_FLOOR = (-72.0, -60.0)       # dBFS of the noise added to every file
+EMPHASIS = 0.95                    # of treble, as by a bright microphone: without it, most of a clip's power is below 1 kHz
+SPEECH_LEVEL = (-26.0, -20.0)      # dBFS while somebody speaks
+NOISE_FLOOR = (-62.0, -52.0)       # dBFS of the noise added to every file
+PAUSE = 30                         # dB below the loudest 20 ms
 # Gain over frequency (Hz). The gap at 4 kHz hides where the two half bands of a codec meet.
 BAND = {0: 0, 60: 0, 100: 1, 3850: 1, 3950: 0, 4050: 0, 4150: 1, 6800: 1, 7200: 0, 8000: 0}
+# Group delay, seconds, at every 100 Hz: spreads pulses out, so that peaks do not tell a voice from a vocoder.
+DELAY = np.random.default_rng(1).uniform(-0.008, 0.008, 81)
 FADE = SAMPLE_RATE // 200          # 5 ms
+FRAME = SAMPLE_RATE // 50          # 20 ms
 
 SYNTHETIC = "synthetic voices: checks the installation, says nothing about real deepfakes"
 
@@ -276,11 +282,15 @@ def _readme(voices: str, seed: int) -> str:
     return f"""Miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, made by demo.py (seed {seed}).
 
 Real clips: {voices}.
-Fakes: F01 Opus 6.5 kbit/s in each of two half bands, F02 Vorbis at its lowest quality, F03 GSM 06.10, F04 G.723 24 kbit/s,
-F05 NMS ADPCM 16 kbit/s, F06 IMA ADPCM, F07 (only in C7) G.721 32 kbit/s; F02..F07 at 16 kHz, which doubles the rates that
-their standards name for 8 kHz. A1 Griffin-Lim, A2 LPC vocoder, A3 sines and noise. LA's attacks and In-the-Wild's fakes are
-resyntheses of these kinds and two more with other settings.
-Results on these corpora compare with no published figure: the fakes are not those of the papers.
+Fakes: F01 Opus at 6.5 kbit/s in each of two half bands, F02 Vorbis at its lowest quality, F03 GSM 06.10, F04 G.723 at
+24 kbit/s, F05 NMS ADPCM at 16 kbit/s, F06 IMA ADPCM, and, only in C7, F07 G.721 at 32 kbit/s. F03..F07 run at 16 kHz, which
+doubles the rates that their standards name for 8 kHz, and get a signal much too quiet for them; F01 and F02 are passed through
+two and four times. So the copies are far coarser than good use of these codecs: a small network has to learn in minutes.
+A1 Griffin-Lim, A2 LPC vocoder, A3 sines and noise. LA's attacks and In-the-Wild's fakes are resyntheses of these kinds and two
+more, with other settings.
+All files, real and fake: treble emphasised, pulses spread out in time, pauses muted to one noise floor, one distribution of
+level and length.
+Results on these corpora compare with no published figure.
 """
 
 
@@ -310,6 +320,7 @@ def _in_parallel(jobs: list[tuple], workers: int) -> Iterator[int]:
 def _make(folder: Path, seed: int, clip: Clip, files: list[File]) -> int:
     """Write all files made from one clip; returns how many."""
     speech = clip.read()
+    gate = speaking(speech)
     for file in files:
         rng = _generator(seed, file.path)
         if file.maker in CODECS:
@@ -319,24 +330,28 @@ def _make(folder: Path, seed: int, clip: Clip, files: list[File]) -> int:
         else:
             made = speech
         encoded = io.BytesIO()
-        soundfile.write(encoded, finish(made, clip.number, rng), SAMPLE_RATE, format=Path(file.path).suffix[1:], subtype="PCM_16")
+        soundfile.write(encoded, finish(made, gate, clip.number, rng), SAMPLE_RATE, format=Path(file.path).suffix[1:], subtype="PCM_16")
         for path in (file.path, *file.also):
             _place(folder / path, encoded.getvalue())
     return len(files)
 
 
-def finish(clip: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """The last steps of every file, real or fake: band, level, noise floor, fades, no offset, dither, 16 bit.
+def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """The last steps of every file, real or fake: tone, band, level, pauses, noise floor, fades, no offset, dither, 16 bit.
 
-    Level and floor go by the clip's number: a clip and its copies have the same ones.
+    A clip and its copies have one level and one floor, by the clip's number, and the pauses of the original:
+    how a codec fills a pause would tell it at once.
     """
     n = len(clip)
-    padded = np.pad(clip, (0, SAMPLE_RATE // 10))          # the filter's ringing must not wrap around to the start
+    padded = np.pad(lfilter([1, -EMPHASIS], 1, clip), (0, SAMPLE_RATE // 10))      # no ringing around to the start
     spectrum = rfft(padded)
     frequency = np.linspace(0, SAMPLE_RATE / 2, len(spectrum))
-    clip = irfft(spectrum * np.interp(frequency, list(BAND), list(BAND.values())), len(padded))[:n]
+    gain = np.interp(frequency, list(BAND), list(BAND.values()))
+    phase = 2 * np.pi * np.cumsum(np.interp(frequency, np.arange(len(DELAY)) * 100, DELAY)) * frequency[1]
+    clip = irfft(spectrum * gain * np.exp(-1j * phase), len(padded))[:n]
+    clip = clip * gate
     gain = 10 ** (_spread(SPEECH_LEVEL, number * 2**0.5) / 20) / speech_level(clip)
-    clip = clip * min(gain, 0.95 / np.abs(clip).max())
+    clip *= min(gain, 0.95 / np.abs(clip).max())
     clip += 10 ** (_spread(NOISE_FLOOR, number * 3**0.5) / 20) * rng.standard_normal(n)
     fade = np.linspace(0, 1, FADE)
     clip[:FADE] *= fade
@@ -352,10 +367,22 @@ def _spread(interval: tuple[float, float], multiple: float) -> float:
 
 
 def speech_level(clip: np.ndarray) -> float:
-    """Root mean square of the 20 ms frames that come within 30 dB of the loudest."""
-    width = SAMPLE_RATE // 50
-    power = np.mean(clip[: len(clip) // width * width].reshape(-1, width) ** 2, axis=1)
-    return float(np.sqrt(power[power >= 1e-3 * power.max()].mean()))
+    """Root mean square of the frames in which somebody speaks."""
+    power = _power(clip)
+    return float(np.sqrt(power[power > power.max() * 10 ** (-PAUSE / 10)].mean()))
+
+
+def speaking(clip: np.ndarray) -> np.ndarray:
+    """1 where somebody speaks, 0 in the pauses, a value a sample, with 20 ms from one to the other."""
+    power = _power(clip)
+    loud = np.pad(power > power.max() * 10 ** (-PAUSE / 10), 1)
+    loud = loud[:-2] | loud[1:-1] | loud[2:]               # and the frame before and after
+    return np.interp(np.arange(len(clip)), (np.arange(len(loud)) + 0.5) * FRAME, loud)
+
+
+def _power(clip: np.ndarray) -> np.ndarray:
+    """Mean square of each whole frame."""
+    return np.mean(clip[: len(clip) // FRAME * FRAME].reshape(-1, FRAME) ** 2, axis=1)
 
 
 def _place(path: Path, content: bytes) -> None:

@@ -93,7 +93,7 @@ def new_speaker(rng: np.random.Generator) -> Speaker:
         shimmer=rng.uniform(0.02, 0.08),
         pace=rng.uniform(3.5, 5.5),
         echo=rng.uniform(0.1, 0.35),
-        reflections=rng.uniform(0.02, 0.12),
+        reflections=rng.uniform(0.2, 0.6),
         noise_db=rng.uniform(-50, -35),
         noise_colour=rng.uniform(0.3, 0.95),
         brightness=rng.uniform(-0.25, 0.35),
@@ -199,7 +199,7 @@ def _cycles(speaker: Speaker, pitch: np.ndarray, seconds: float,
 
 def _vocal_tract(source: np.ndarray, formants: np.ndarray) -> np.ndarray:
     """A cascade of resonators, gain 1 at 0 Hz (Klatt, 1980), moved every frame; formants (n, 7) in Hz."""
-    response = np.ones((len(formants), FFT // 2 + 1), dtype=complex)
+    response = np.ones((len(formants), FFT // 2 + 1), dtype=np.complex64)
     for centre, width in zip(formants.T, BANDWIDTHS, strict=True):
         response *= _resonator(centre, np.full(len(centre), width))
     return _filter_by_frame(response, source)
@@ -214,10 +214,12 @@ def _mouth_noise(score: dict[str, np.ndarray], rng: np.random.Generator) -> np.n
 
 def _resonator(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Frequency response (n, FFT / 2 + 1) of a pair of poles, one row a frame; centre and width (n,) in Hz."""
-    radius = np.exp(-np.pi * width / SAMPLE_RATE)[:, None]
-    a1 = -2 * radius * np.cos(2 * np.pi * np.minimum(centre, 0.44 * SAMPLE_RATE) / SAMPLE_RATE)[:, None]
+    radius = np.exp(-np.pi * width / SAMPLE_RATE)
+    a1 = -2 * radius * np.cos(2 * np.pi * np.minimum(centre, 0.44 * SAMPLE_RATE) / SAMPLE_RATE)
     delay = np.exp(-2j * np.pi * np.arange(FFT // 2 + 1) / FFT)
-    return (1 + a1 + radius**2) / (1 + (a1 + radius**2 * delay) * delay)
+    delays = np.stack([delay, delay**2]).astype(np.complex64)
+    poles = np.column_stack([a1, radius**2]).astype(np.complex64)       # single precision: half the time
+    return (1 + a1 + radius**2).astype(np.float32)[:, None] / (1 + poles @ delays)
 
 
 def _filter_by_frame(response: np.ndarray, signal: np.ndarray) -> np.ndarray:

@@ -132,9 +132,8 @@ def auc(real: list[float], fake: list[float]) -> float:
     return (ranks.sum() - len(fake) * (len(fake) + 1) / 2) / (len(real) * len(fake))
 
 
-@pytest.mark.parametrize("corpus, bound", [("Codecfake", 0.06), ("LA", 0.15), ("ITW", 0.15)])
-def test_level_length_offset_and_file_do_not_tell_real_from_fake(corpora, records, corpus, bound):
-    """In LA and In-the-Wild not every clip has its copies, and so few clips differ by chance."""
+@pytest.mark.parametrize("corpus", ["Codecfake", "LA", "ITW"])
+def test_level_length_offset_and_file_do_not_tell_real_from_fake(corpora, records, corpus):
     values = {label: defaultdict(list) for label in ("real", "fake")}
     headers = defaultdict(set)
     for record in records:
@@ -154,8 +153,11 @@ def test_level_length_offset_and_file_do_not_tell_real_from_fake(corpora, record
             headers[record["label"]].add(header[:4] + header[8:40])
     assert headers["real"] == headers["fake"] and len(headers["real"]) == (0 if corpus == "LA" else 1)
     for name, real in values["real"].items():
-        found = auc(real, values["fake"][name])
-        assert abs(found - 0.5) < bound, f"{name}: AUC {found:.3f}"
+        fake = values["fake"][name]
+        # In LA and In-the-Wild not every clip has a copy, and so few clips differ by chance: two standard deviations of it.
+        chance = 0 if corpus == "Codecfake" else 2 * np.sqrt((len(real) + len(fake) + 1) / (12 * len(real) * len(fake)))
+        bound = chance + (0.06 if name in ("speech level", "length", "file size") else 0.15)   # codecs do change the waveform
+        assert abs(auc(real, fake) - 0.5) < bound, f"{name}: AUC {auc(real, fake):.3f}"
 
 
 def test_a_clip_and_its_copies_have_one_level_and_length(corpora):
@@ -163,16 +165,28 @@ def test_a_clip_and_its_copies_have_one_level_and_length(corpora):
         clips = [soundfile.read(copy)[0] for copy in (corpora / "Codecfake/train").glob(f"*{path.name}")]
         levels = [20 * np.log10(demo.speech_level(clip)) for clip in clips]
         assert len(clips) == 7 and {len(clip) for clip in clips} == {len(clips[0])}
-        assert max(levels) - min(levels) < 0.5, path.name
+        assert max(levels) - min(levels) < 1, path.name
 
 
 def test_the_last_steps_leave_no_offset_and_no_click(voice):
-    samples = demo.finish(voice + 0.3, 5, np.random.default_rng(1))
+    samples = finished(voice + 0.3)
     assert samples.dtype == np.int16 and abs(samples.mean()) < 0.05
     assert np.abs(samples[[0, -1]]).max() <= 2
 
 
+@pytest.mark.parametrize("name", demo_fakes.CODECS)
+def test_the_pauses_of_a_copy_hold_the_same_noise_as_the_originals(voice, name):
+    pause = demo.speaking(voice)[demo.FADE:-demo.FADE] == 0
+    levels = [20 * np.log10(finished(clip, demo.speaking(voice))[demo.FADE:-demo.FADE][pause].std())
+              for clip in (voice, demo_fakes.CODECS[name](voice))]
+    assert pause.sum() > RATE / 10 and abs(levels[0] - levels[1]) < 0.3, levels
+
+
 # --- the fakes are copies, and are not the original -----------------------------------------------------------
+
+def finished(clip: np.ndarray, gate: np.ndarray | None = None) -> np.ndarray:
+    return demo.finish(clip, np.ones(len(clip)) if gate is None else gate, 1, np.random.default_rng(1))
+
 
 @pytest.mark.parametrize("name", demo_fakes.CODECS)
 def test_codec_copies_are_aligned_close_and_not_equal(voice, name):
@@ -180,8 +194,7 @@ def test_codec_copies_are_aligned_close_and_not_equal(voice, name):
     assert len(copy) == len(voice)
     delay = correlate(copy, voice, method="fft").argmax() - (len(voice) - 1)
     assert abs(delay) <= 1, f"{delay} samples late"
-    similarity = np.corrcoef(copy, voice)[0, 1]
-    assert 0.85 < similarity < 0.9999, similarity
+    assert 0.75 < np.corrcoef(copy, voice)[0, 1] < 0.99
 
 
 @pytest.mark.parametrize("name", demo_fakes.RESYNTHESES)
@@ -191,16 +204,16 @@ def test_resynthesis_follows_the_loudness_of_the_clip_without_its_waveform(voice
     envelopes = [np.abs(clip[:len(clip) // 160 * 160].reshape(-1, 160)).mean(axis=1) for clip in (voice, copy)]
     delays = range(-5, 6)
     alike = [np.corrcoef(envelopes[0], np.roll(envelopes[1], shift))[0, 1] for shift in delays]
-    assert max(alike) > 0.9 and abs(delays[int(np.argmax(alike))]) <= 1, alike
-    assert abs(np.corrcoef(copy, voice)[0, 1]) < 0.7
+    assert max(alike) > 0.85 and abs(delays[int(np.argmax(alike))]) <= 1, alike
+    assert abs(np.corrcoef(copy, voice)[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("name", demo_fakes.CODECS)
 def test_copies_keep_the_band_above_4_khz(voice, name):
     def share_above_4_khz(clip):
-        power = np.abs(np.fft.rfft(demo.finish(clip, 1, np.random.default_rng(1)))) ** 2
+        power = np.abs(np.fft.rfft(finished(clip))) ** 2
         return power[len(power) * 17 // 32: len(power) * 27 // 32].sum() / power.sum()     # 4.25 to 6.75 kHz
-    assert 0.3 < share_above_4_khz(demo_fakes.CODECS[name](voice)) / share_above_4_khz(voice) < 3
+    assert 1 / 3 < share_above_4_khz(demo_fakes.CODECS[name](voice)) / share_above_4_khz(voice) < 3
 
 
 def test_half_bands_join_to_the_clip(voice):
