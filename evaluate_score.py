@@ -109,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         make_report(args, found, results, ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)])
     # CSV is one table: the last one asked for, or the EERs.
     show(found[-1:] if args.format == "csv" else found, [result.record() for result in results], args.format)
+    if args.plot:
+        sys.stdout.flush()             # the table first, also where both streams go to one file
+        print(f"plot: {cli.printable(args.plot)}", file=sys.stderr)
 
 
 def pick_model(name: str, folders: Sequence[str], subsets: Sequence[str]) -> Model:

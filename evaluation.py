@@ -151,8 +151,9 @@ def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int =
     """A result for each of the model's score files. Without resamples there are no intervals."""
     results, checksums = [], eval_metrics.read_checksums(model.folder)
     for subset, path in model.files.items():
-        eval_metrics.check_unchanged(path, checksums)
         result = evaluate_trials(model.name, subset, path, eval_metrics.read_scores(path), n_resamples, seed)
+        if not eval_metrics.is_unchanged(path, checksums):
+            result.extra["changed"] = True
         if n_missing := _count_missing(path, subset):
             result.extra["n_missing"] = n_missing
         results.append(result)

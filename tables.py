@@ -65,6 +65,8 @@ def _notes_on(model: str, results: Sequence[Result], subsets: Sequence[str]) -> 
     notes = [f"{MARK} {model}, {result.subset}: the EER is {percent(result.eer)} %: the scores point the wrong way; the table "
              "prints 100 - EER, as the paper does" for result in results if result.inverted]
     notes += [f"{model}, {result.subset}: no EER: {result.note}" for result in results if result.note]
+    notes += [f"{model}, {result.subset}: WARNING: {result.file} was edited or damaged since generate_score.py wrote it "
+              "(its SHA-256 is not the one in provenance.json)" for result in results if "changed" in result.extra]
     notes += [f"{model}, {result.subset}: {result.extra['n_missing']} trials have no score (see {result.subset}_missing.txt)"
               for result in results if "n_missing" in result.extra]
     present = {result.subset for result in results}

@@ -373,7 +373,10 @@ def _evaluated(folder: Path) -> object:
     [found] = evaluation.find_models([folder], ("C1", "C2", "C7"))
     if set(found.files) != {"C1", "C2", "C7"}:
         raise InputError(f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent")
-    return [(result.subset, result.trials.names, result.trials.scores.tolist(), result.trials.is_real.tolist()) for result in evaluation.evaluate(found, 0)]
+    results = evaluation.evaluate(found, 0)
+    if changed := [str(result.file) for result in results if "changed" in result.extra]:
+        raise InputError(f"{', '.join(changed)}: named below the table as edited or damaged")
+    return [(result.subset, result.trials.names, result.trials.scores.tolist(), result.trials.is_real.tolist()) for result in results]
 
 
 # ── Audio ────────────────────────────────────────────────────────────────────────────────────────
