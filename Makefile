@@ -1,6 +1,7 @@
 # make demo        three miniature corpora, the four scripts on them, an EER table (about 10 minutes on 2 cores)
 # make test        the tests
 # make bench       the benchmarks
+# make torture     the long robustness tests: kills, damage, full disks, hostile files (about 10 minutes)
 # make clean-demo  removes what make demo made
 #
 # make demo SPEECH=<folder of recordings>              real voices instead of synthetic ones
@@ -24,7 +25,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test bench clean-demo
+.PHONY: demo test bench torture clean-demo
 
 # Each step takes up what an earlier run left, so that a second `make demo` soon shows the same table.
 demo: .venv/.ready
@@ -42,6 +43,9 @@ test: .venv/.ready
 
 bench: .venv/.ready
 	for script in benchmarks/bench_*.py; do echo "python $$script"; python "$$script"; done
+
+torture: .venv/.ready
+	python tests/torture.py
 
 clean-demo:
 	rm -rf $(DEMO) $(DEMO).part

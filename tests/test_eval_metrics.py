@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -326,12 +325,8 @@ def test_published_score_files_are_read_to_their_last_row():
 
 
 @pytest.mark.parametrize("module", ["eval_metrics", "evaluate_score"])
-def test_importing_is_fast_and_brings_no_heavy_library(module):
-    script = (f"import sys, {module}; heavy = {{'torch', 'sklearn', 'matplotlib', 'soundfile'}} & set(sys.modules);"
+def test_importing_brings_no_heavy_library(module):
+    """Each of them takes longer to import than the rest of the program to start."""
+    script = (f"import sys, {module}; heavy = {{'torch', 'sklearn', 'matplotlib', 'soundfile', 'scipy'}} & set(sys.modules);"
               "assert not heavy, heavy")
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1, f"importing {module} took {min(seconds):.2f} s at best"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
