@@ -62,7 +62,7 @@ def save(path: str | Path, content: Any) -> None:
         file.write(buffer.getbuffer())
 
 
-def is_plain(value: Any, limit: int = 10_000) -> bool:
+def is_plain(value: Any, limit: int = 1_000_000) -> bool:
     """Whether a value is text, numbers and containers of them, not more than `limit` in all, nested 20 deep at most."""
     waiting = [(value, 0)]
     for _ in range(limit):
