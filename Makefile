@@ -37,6 +37,7 @@ demo: .venv/.ready
 	python generate_score.py -t ITW -d $(DEMO)/ITW $(SCORE)
 	python generate_score.py -t codecfake -d $(DEMO)/Codecfake $(SCORE)
 	python evaluate_score.py --result_folder $(DEMO)/result --plot $(DEMO)/det.png
+	@sed -n 's/^Real clips: /note: /p' $(DEMO)/README.txt
 
 test: .venv/.ready
 	python -m pytest
