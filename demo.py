@@ -116,7 +116,6 @@ def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float =
     texts |= {"speakers.csv": _speakers(files), "README.txt": _readme(voices, seed)}
 
     partial = out.with_name(out.name + ".part")
-    _check_leftovers(partial)
     with cli.only_one(partial):
         try:
             _empty(partial)
@@ -130,7 +129,7 @@ def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float =
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    print(f"{out}: {sum(1 + len(file.also) for file in files)} files from {voices}")
+    print(f"{out}: {sum(1 + len(file.also) for file in files)} files of {voices}")
 
 
 # --- whose clips ------------------------------------------------------------------------------------
@@ -347,9 +346,10 @@ def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Gener
     padded = np.pad(lfilter([1, -EMPHASIS], 1, clip), (0, SAMPLE_RATE // 10))      # no ringing around to the start
     spectrum = rfft(padded)
     frequency = np.linspace(0, SAMPLE_RATE / 2, len(spectrum))
-    band = np.interp(frequency, list(BAND), list(BAND.values()))
+    gain = np.interp(frequency, list(BAND), list(BAND.values()))
     phase = 2 * np.pi * np.cumsum(np.interp(frequency, np.arange(len(DELAY)) * 100, DELAY)) * frequency[1]
-    clip = irfft(spectrum * band * np.exp(-1j * phase), len(padded))[:n] * gate
+    clip = irfft(spectrum * gain * np.exp(-1j * phase), len(padded))[:n]
+    clip = clip * gate
     gain = 10 ** (_spread(SPEECH_LEVEL, number * 2**0.5) / 20) / speech_level(clip)
     clip *= min(gain, 0.95 / np.abs(clip).max())
     clip += 10 ** (_spread(NOISE_FLOOR, number * 3**0.5) / 20) * rng.standard_normal(n)
@@ -411,11 +411,6 @@ def _is_there(out: Path, settings: dict) -> bool:
     return True
 
 
-def _check_leftovers(partial: Path) -> None:
-    if partial.exists() and not (partial / ".lock").is_file():
-        raise cli.InputError(f"{partial}: in the way, and was not made by demo.py; move it, or choose another folder with -o")
-
-
 def _empty(folder: Path) -> None:
     """Remove what a killed run left in its working folder."""
     for path in folder.iterdir():
@@ -438,17 +433,17 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, default=Path("data/demo"), help="folder to build (default: %(default)s)")
     parser.add_argument("--speech", type=Path, metavar="FOLDER",
                         help="recordings of real speech, one sub-folder (or else one file) a speaker; default: synthetic voices")
-    parser.add_argument("--seed", type=cli.at_least(0), default=688, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=688, help="0 or more (default: %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of clips (default: %(default)s)")
-    parser.add_argument("--num_workers", type=cli.at_least(1), metavar="N", help="processes (default: one a core)")
+    parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = get_parser()
     args = parser.parse_args(argv)
-    if not 0 < args.scale < 1000:
-        parser.error(f"--scale must lie between 0 and 1000, got {args.scale:g}")
+    if args.seed < 0 or args.scale <= 0 or (args.num_workers or 1) < 1:
+        parser.error("--seed must be 0 or more, --scale and --num_workers more than 0")
     build(args.out, args.speech, args.seed, args.scale, args.num_workers)
 
 
