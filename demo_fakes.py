@@ -78,9 +78,7 @@ CODECS = {
 
 def griffin_lim(clip: np.ndarray, rng: np.random.Generator, n_mels: int, iterations: int) -> np.ndarray:
     """Magnitudes from a mel spectrogram, phases by Griffin and Lim (1984), starting from random ones."""
-    bank = _mel_bank(n_mels)
-    power = np.abs(_stft(clip))**2 @ bank.T @ np.linalg.pinv(bank).T
-    magnitude = np.sqrt(np.maximum(power, 0))
+    magnitude = _mel_envelope(_stft(clip), n_mels)
     spectrum = magnitude * np.exp(2j * np.pi * rng.random(magnitude.shape))
     for _ in range(iterations):
         estimate = _stft(_istft(spectrum, len(clip)))
@@ -143,10 +141,11 @@ def _lpc_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
 
 
 def _mel_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
-    """Steps of `order` mel bands, smoothed by the bands' own overlap."""
+    """What is left of the magnitudes in the powers of `order` mel bands: each bin gets the mean of the bands it lies in."""
     bank = _mel_bank(order)
-    bands = np.abs(spectrum)**2 @ bank.T / bank.sum(axis=1)
-    return np.sqrt(bands @ bank + 1e-12)
+    # einsum and not @, whose last digits depend on the number of threads: the same seed must give the same bytes.
+    bands = np.einsum("tf,bf->tb", np.abs(spectrum)**2, bank / bank.sum(axis=1, keepdims=True))
+    return np.sqrt(np.einsum("tb,bf->tf", bands, bank / np.maximum(bank.sum(axis=0), 1e-9)))
 
 
 def _cepstral_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:

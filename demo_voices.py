@@ -214,12 +214,11 @@ def _mouth_noise(score: dict[str, np.ndarray], rng: np.random.Generator) -> np.n
 
 def _resonator(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Frequency response (n, FFT / 2 + 1) of a pair of poles, one row a frame; centre and width (n,) in Hz."""
-    radius = np.exp(-np.pi * width / SAMPLE_RATE)
-    a1 = -2 * radius * np.cos(2 * np.pi * np.minimum(centre, 0.44 * SAMPLE_RATE) / SAMPLE_RATE)
-    delay = np.exp(-2j * np.pi * np.arange(FFT // 2 + 1) / FFT)
-    delays = np.stack([delay, delay**2]).astype(np.complex64)
-    poles = np.column_stack([a1, radius**2]).astype(np.complex64)       # single precision: half the time
-    return (1 + a1 + radius**2).astype(np.float32)[:, None] / (1 + poles @ delays)
+    radius = np.exp(-np.pi * width / SAMPLE_RATE)[:, None]
+    a1 = -2 * radius * np.cos(2 * np.pi * np.minimum(centre, 0.44 * SAMPLE_RATE) / SAMPLE_RATE)[:, None]
+    a2 = radius**2
+    delay = np.exp(-2j * np.pi * np.arange(FFT // 2 + 1) / FFT).astype(np.complex64)     # single precision: half the time
+    return (1 + a1 + a2).astype(np.float32) / (1 + (a1.astype(np.float32) + a2.astype(np.float32) * delay) * delay)
 
 
 def _filter_by_frame(response: np.ndarray, signal: np.ndarray) -> np.ndarray:
