@@ -99,7 +99,7 @@ class Scorer:
     def __init__(self, args: argparse.Namespace, heads: dict[str, torch.nn.Module]):
         self.device = model.pick_device(args.gpu)
         self.precision = args.precision
-        model.set_precision(args.precision)
+        model.set_precision(args.precision, self.device)
         self.batch_size = args.batch_size or (32 if self.device.type == "cuda" else 8)
         self.heads = [head.to(self.device) for head in heads.values()]
         self.front_ends: dict[tuple[str, str | None], model.FrontEnd] = {}
@@ -110,7 +110,7 @@ class Scorer:
         source = None if head.feat == "mel" else ssl or head.info.get("ssl") or model.DEFAULT_SSL
         key = head.feat, source
         if key not in self.front_ends:
-            self.front_ends[key] = model.load_frontend(head.feat, source).to(self.device)
+            self.front_ends[key] = model.load_frontend(head.feat, source, self.precision).to(self.device)
         made = self.front_ends[key].fingerprint()
         for what, trained_on in head.info.get("front_end", {}).items():
             if what in made and made[what] != trained_on:
@@ -121,12 +121,11 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
-        full = torch.zeros(self.batch_size, dataset.CLIP_SAMPLES)
-        full[:len(clips)] = clips
-        full = full.to(self.device)
-        with model.memory_advice(self.batch_size), model.autocast(self.precision, self.device):
+        full = model.filled_up(clips, self.batch_size, self.device)
+        with model.memory_advice(self.batch_size):
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
-            found = [head(features[key].float())[1].float() for head, key in zip(self.heads, self.front_end_of)]
+            with model.autocast(self.precision, self.device):
+                found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
         return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
 
     def score_files(self, paths: Sequence[str], num_workers: int, known: dict[bytes, np.ndarray],

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = model.pick_device(args.gpu)
-    model.set_precision(args.precision)
+    model.set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
     train, dev = open_corpora(args, "train"), open_corpora(args, "dev")

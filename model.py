@@ -26,6 +26,7 @@ import cli
 import torch_files
 from cli import InputError
 from dataset import CLIP_SAMPLES, FEATURE_SHAPES, SAMPLE_RATE
+from xlsr import TimeMajorEncoder
 
 DEFAULT_SSL = "facebook/wav2vec2-xls-r-300m"
 LAYER = 5                  # hidden state that the heads see; entry 0 is what enters the first block
@@ -59,15 +60,28 @@ def _keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
-def set_precision(precision: str) -> None:
+def set_precision(precision: str, device: torch.device) -> None:
     """fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking."""
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = precision == "tf32"
+    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        cli.say("note: this CPU has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """bfloat16 where torch holds it safe, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
+    """Clips (B, 64600) on the device, followed by silence up to (size, 64600).
+
+    One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on
+    how often the run was interrupted. The copy to a GPU runs beside what it computes.
+    """
+    full = torch.zeros(size, CLIP_SAMPLES, pin_memory=device.type == "cuda")
+    full[:len(clips)] = clips
+    return full.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -121,31 +135,51 @@ class XLSR(FrontEnd):
 
     feat = "xls-r-5"
 
-    def __init__(self, ssl: str):
+    def __init__(self, ssl: str, precision: str = "fp32"):
         super().__init__()
-        self.ssl = ssl
-        self.encoder = _load_wav2vec2(ssl)
-        self.dim = self.encoder.config.hidden_size
-        self.weights_sha256 = _digest(self.encoder)
+        self.ssl, self.precision = ssl, precision
+        library = _load_wav2vec2(ssl)
+        self.dim = library.config.hidden_size
+        self.weights_sha256 = _digest(library)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.encoder = TimeMajorEncoder(library, dtype) if _is_of_xlsrs_kind(library.config) else _Library(library, precision)
         self.requires_grad_(False).eval()
 
     def forward(self, clips: Tensor) -> Tensor:
         mean = clips.mean(dim=1, keepdim=True)
         variance = clips.var(dim=1, keepdim=True, correction=0)
         clips = (clips - mean) / torch.sqrt(variance + 1e-7)     # as the checkpoint's own feature extractor
-        return self.encoder(clips).last_hidden_state             # (B, 201, 1024)
+        return self.encoder(clips)                               # (B, 201, 1024)
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"layer": LAYER, "normalisation": "zero mean, unit variance per clip",
                                         "weights_sha256": self.weights_sha256}
 
 
-def load_frontend(feat: str, ssl: str | None = None) -> FrontEnd:
-    """The front end called on clips (B, 64600) float32 that returns features (B, frames, dim).
+class _Library(nn.Module):
+    """wav2vec 2.0 of another kind than XLS-R (layer norms after the blocks, a group norm), as the library runs it."""
+
+    def __init__(self, network: nn.Module, precision: str):
+        super().__init__()
+        self.network, self.precision = network, precision
+
+    def forward(self, clips: Tensor) -> Tensor:
+        with autocast(self.precision, clips.device):
+            return self.network(clips).last_hidden_state.float()
+
+
+def _is_of_xlsrs_kind(config: Any) -> bool:
+    return config.feat_extract_norm == "layer" and config.do_stable_layer_norm and \
+        config.feat_extract_activation == config.hidden_act == "gelu" and not config.add_adapter
+
+
+def load_frontend(feat: str, ssl: str | None = None, precision: str = "fp32") -> FrontEnd:
+    """The front end called on clips (B, 64600) float32 that returns features (B, frames, dim) float32.
 
     Args:
         feat: "mel" -> (B, 505, 80), or "xls-r-5" -> (B, 201, 1024).
         ssl: hub id or local folder of the wav2vec 2.0 weights; None: facebook/wav2vec2-xls-r-300m.
+        precision: "bf16" multiplies matrices in bfloat16; mel is always float32.
 
     Raises:
         InputError: an unknown feat, or weights that are absent, incomplete or of another kind.
@@ -153,7 +187,7 @@ def load_frontend(feat: str, ssl: str | None = None) -> FrontEnd:
     if feat == "mel":
         return Mel().eval()
     if feat == "xls-r-5":
-        return XLSR(ssl or DEFAULT_SSL)
+        return XLSR(ssl or DEFAULT_SSL, precision)
     raise InputError(f"--feat {feat}: expected {' or '.join(FEATURE_SHAPES)}")
 
 

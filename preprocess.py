@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -61,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 FeatureCache(args.features / part / args.feat).require_complete()
             return
     device = model.pick_device(args.gpu)
-    model.set_precision(args.precision)
+    model.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in ("train", "dev")}
-    front_end = model.load_frontend(args.feat, args.ssl).to(device)
+    front_end = model.load_frontend(args.feat, args.ssl, args.precision).to(device)
     for part, (trials, absent) in corpus.items():
         folder = args.features / part / args.feat
         with cli.only_one(folder):
@@ -133,7 +133,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     with tqdm(total=len(todo), unit="clip", disable=not len(todo), desc=part) as bar, ThreadPoolExecutor(1) as disk:
         writing: Future | None = None
         for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in batches if b], args.num_workers):
-            features = compute(front_end, batch.clips, size, args.precision, device)
+            features = compute(front_end, batch.clips, size, device)
             failed = {row: reason for row, reason in batch.failures.items() if not done[row]}
             failures |= failed
             if len(failures) > allowed:
@@ -142,7 +142,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
             wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
             if writing:
                 writing.result()
-            writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features[wanted], list(failed))
+            writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features, wanted, list(failed))
             rates += batch.rates
             bar.update(len(wanted) + len(failed))
         if writing:
@@ -153,20 +153,24 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     report(writer, failures, rates)
 
 
-def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, precision: str, device: torch.device) -> np.ndarray:
-    """Features (B, frames, dim) float32 of clips (B, 64600).
+def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, device: torch.device) -> Callable[[], np.ndarray]:
+    """Start computing the features of clips (B, 64600); what is returned waits for them, (B, frames, dim) float32."""
+    with model.memory_advice(size), torch.inference_mode():
+        features = front_end(model.filled_up(clips, size, device))[:len(clips)]
+        if device.type != "cuda":
+            return features.numpy
+        landed = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
 
-    A short batch is filled up with silence: one shape throughout, so that a row's bytes depend neither on
-    the clips beside it nor on how often the run was interrupted.
-    """
-    full = torch.zeros(size, dataset.CLIP_SAMPLES)
-    full[:len(clips)] = clips
-    with model.memory_advice(size), torch.inference_mode(), model.autocast(precision, device):
-        return front_end(full.to(device))[:len(clips)].float().cpu().numpy()
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return landed.numpy()
+    return wait
 
 
-def store(writer: CacheWriter, rows: list[int], features: np.ndarray, failed: list[int]) -> None:
-    writer.write(rows, features)
+def store(writer: CacheWriter, rows: list[int], features: Callable[[], np.ndarray], which: list[int], failed: list[int]) -> None:
+    writer.write(rows, features()[which])
     writer.mark_failed(sorted(failed))
     if writer.unmarked() >= FLUSH_EVERY:
         writer.flush()

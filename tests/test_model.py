@@ -7,6 +7,7 @@ import os
 import sys
 import types
 import zipfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 import model
 import torch_files
+import xlsr
 from cli import InputError
 from dataset import CLIP_SAMPLES, FEATURE_SHAPES
 
@@ -88,13 +90,13 @@ def test_a_head_refuses_features_of_another_front_end() -> None:
 # ── Front ends ──
 
 
-def untruncated(ssl: Path, clips: torch.Tensor) -> torch.Tensor:
+def untruncated(ssl: Path, clips: torch.Tensor, autocast: AbstractContextManager = nullcontext()) -> torch.Tensor:
     """Entry 5 of the hidden states of the whole network, the plain way."""
     import transformers
 
     network = transformers.Wav2Vec2Model.from_pretrained(ssl).eval()
     normalised = torch.stack([(clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7) for clip in clips])
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast:
         return network(normalised, output_hidden_states=True).hidden_states[5]
 
 
@@ -111,12 +113,41 @@ def test_a_batch_equals_its_clips_one_by_one(ssl_narrow: Path) -> None:
     torch.testing.assert_close(front_end(clips), one_by_one, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("samples", [CLIP_SAMPLES, 320 * 20, 4001])
+def test_clips_below_one_another_do_not_mix(ssl_narrow: Path, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all clips of a batch go through the convolutions as one signal; their seams must not show."""
+    encoder, clips = model.load_frontend("xls-r-5", str(ssl_narrow)).encoder, torch.randn(3, samples)
+    expected = encoder(clips)
+    monkeypatch.setattr(xlsr, "CLIPS_AT_ONCE", 3)
+    torch.testing.assert_close(encoder(clips), expected, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_costs_no_more_than_the_librarys_autocast(ssl_narrow: Path) -> None:
+    """Root mean square error against float32, the plain way's beside it."""
+    clips = torch.randn(1, CLIP_SAMPLES)
+    exact, ours = (model.load_frontend("xls-r-5", str(ssl_narrow), precision)(clips) for precision in ("fp32", "bf16"))
+    plain = untruncated(ssl_narrow, clips, torch.autocast("cpu", torch.bfloat16)).float()
+    error, error_of_plain = ((found - exact).square().mean().sqrt() for found in (ours, plain))
+    assert ours.dtype == torch.float32 and 1e-4 < error < 1.1 * error_of_plain < 0.05 * exact.square().mean().sqrt()
+
+
+def test_wav2vec2_of_another_kind_runs_as_the_library_does(tmp_path: Path) -> None:
+    """A group norm in the convolutions, norms after the blocks: as in wav2vec2-large, which also has 1024 dimensions."""
+    import transformers
+
+    config = transformers.Wav2Vec2Config(hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
+                                         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
+    clips = torch.randn(2, CLIP_SAMPLES)
+    torch.testing.assert_close(model.load_frontend("xls-r-5", str(tmp_path))(clips), untruncated(tmp_path, clips), atol=1e-5, rtol=0)
+
+
 def test_a_front_end_never_trains(ssl_narrow: Path) -> None:
     """In train mode layerdrop (here 0.5) would remove blocks."""
     front_end, clips = model.load_frontend("xls-r-5", str(ssl_narrow)), torch.randn(1, CLIP_SAMPLES)
     expected = front_end(clips)
     assert torch.equal(front_end.train()(clips), expected)
-    assert not any(p.requires_grad for p in front_end.parameters())
+    assert not front_end(clips).requires_grad
 
 
 def test_mel_is_a_power_spectrogram_time_first() -> None:

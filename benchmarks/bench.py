@@ -1,0 +1,447 @@
+"""Every stage timed against the reference's way, in one run.    python benchmarks/bench.py [--quick]
+
+Writes benchmarks/RESULTS.md: seconds of either way (median of n, the two taking turns), their ratio, and how
+far the results lie apart. Audio is made up; XLS-R has its full 300M configuration and random weights,
+since neither changes the speed. --quick uses a tiny network and few clips: it shows that all runs, no more.
+"""
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import bench_evaluate
+import dataset
+import generate_score
+import main_train
+import model
+import plain
+import preprocess
+from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial
+from feature_cache import CacheWriter, FeatureCache, read_ahead
+
+RESULTS = Path(__file__).with_name("RESULTS.md")
+# Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC of wav2vec 2.0 at 64,600 samples).
+FLOPS = {"convolutions": 20e9, "positions": 3.4e9, "block": 5.1e9}
+
+
+@dataclass
+class Setting:
+    """What a run works with."""
+
+    folder: Path
+    ssl: str
+    device: torch.device
+    repeats: int
+    clips: int                 # through the front ends
+    rows: int                  # of the cache that is read
+    batch: int                 # of a training step
+    paths: list[str]
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    stage: str
+    target: str
+    reference: float           # seconds, or bytes
+    ours: float
+    unit: str
+    difference: str
+
+    def cells(self) -> list[str]:
+        return [self.stage, _number(self.reference), _number(self.ours), self.unit, f"**{self.reference / self.ours:.2f}**", self.target, self.difference]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; writes nothing but what it prints")
+    parser.add_argument("--gpu", type=int, help="index of the GPU, -1 for the CPU")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes (default: %(default)s)")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() and args.gpu != -1 else torch.device("cpu")
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        setting = prepare(Path(folder), device, args.quick)
+        ceilings = measure_ceilings(device)
+        rows, notes = [], []
+        for stage in (extraction, size_on_disk, cold_reads, training, scoring, several_models, shared_clips, evaluation):
+            print(f"{stage.__name__} ...", file=sys.stderr, flush=True)
+            found, remarks = stage(setting, ceilings)
+            rows += found
+            notes += remarks
+    text = report(rows, notes, ceilings, setting)
+    print(text)
+    if not args.quick:
+        args.out.write_text(text)
+
+
+# ── What everything runs on ──────────────────────────────────────────────────────────────────────
+
+
+def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
+    gpu = device.type == "cuda"
+    clips = 4 if quick else 256 if gpu else 16
+    setting = Setting(folder, str(folder / "ssl"), device, 1 if quick else 5, clips, 32 if quick else 2048, 4 if quick else 32, [])
+    rng = np.random.default_rng(0)
+    for n in range(clips):
+        path = folder / "audio" / f"clip_{n:04d}.wav"
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, rng.normal(0, 0.1, int(5 * SAMPLE_RATE)), SAMPLE_RATE, subtype="PCM_16")
+        setting.paths.append(str(path))
+    save_random_xlsr(folder / "ssl", quick)
+    return setting
+
+
+def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
+    """A wav2vec 2.0 of XLS-R 300M's configuration whose weights are random; hidden size 1024 either way, which the heads need."""
+    import transformers
+
+    sizes = {"num_hidden_layers": 6, "intermediate_size": 64, "conv_dim": [16] * 7} if tiny else \
+        {"num_hidden_layers": 24, "intermediate_size": 4096, "conv_dim": [512] * 7}
+    config = transformers.Wav2Vec2Config(hidden_size=1024, num_attention_heads=16, feat_extract_norm="layer", conv_bias=True,
+                                         do_stable_layer_norm=True, num_conv_pos_embeddings=128, num_conv_pos_embedding_groups=16, **sizes)
+    torch.manual_seed(0)
+    transformers.logging.disable_progress_bar()
+    transformers.Wav2Vec2Model(config).save_pretrained(folder)
+
+
+def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
+    """Median seconds of each task; they take turns, so that a machine's moods meet them alike."""
+    seconds: list[list[float]] = [[] for _ in tasks]
+    for task in tasks:
+        task()
+    for _ in range(repeats):
+        for taken, task in zip(seconds, tasks):
+            start = time.perf_counter()
+            task()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+    return [median(taken) for taken in seconds]
+
+
+def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """For what pick_device() sets for a whole process (glibc's memory), which the reference's way must not profit from."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def measure_ceilings(device: torch.device) -> dict[str, float]:
+    """FLOP/s of a large matrix product in each type."""
+    found = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        size = 8192 if device.type == "cuda" else 2048 if name == "fp32" else 512
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        seconds, = in_turns(lambda: a @ b, repeats=5)
+        found[name] = 2 * size**3 / seconds
+    return found
+
+
+# ── Stages ───────────────────────────────────────────────────────────────────────────────────────
+
+Found = tuple[list[Row], list[str]]
+
+
+def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
+    """Audio files to features on disk; float32 and, where the device has it, bf16."""
+    (s.folder / "pt").mkdir()
+    theirs, plain_features = in_its_own_process(_extract_plainly, s)
+    rows, notes = [], []
+    for precision, target in (("fp32", "3.5"), ("bf16", "10")):
+        if precision == "bf16" and not _has_bf16(s.device):
+            notes.append("bf16: this CPU has no bfloat16 instructions "
+                         f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it.")
+            continue
+        ours, features, parts = in_its_own_process(_extract_here, s, precision)
+        apart = np.abs(features - plain_features).max() / np.abs(plain_features).max()
+        rows.append(Row(f"extraction xls-r-5, {precision}, a clip", target, theirs / s.clips, ours / s.clips, "s", f"{apart:.1e} of the largest value"))
+        flops = FLOPS["convolutions"] + FLOPS["positions"] + 5 * FLOPS["block"]
+        notes.append(f"extraction {precision}: {s.clips / ours:.2f} clips/s; five blocks take {flops / 1e9:.0f} GFLOP a clip and the reference's 24 "
+                     f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives {(flops + 19 * FLOPS['block']) / flops:.1f}; "
+                     f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' ceiling. Time goes to "
+                     + ", ".join(f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()) + " a clip (some of it side by side).")
+    return rows, notes
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
+    front_end = plain.load_frontend(s.ssl, s.device)
+    seconds, = in_turns(lambda: plain.extract(front_end, s.paths, s.folder / "pt", s.device), repeats=min(s.repeats, 3))
+    return seconds, plain.feature(front_end, s.paths[0], s.device).numpy()
+
+
+def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[str, float]]:
+    device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+    model.set_precision(precision, device)
+    args = preprocess.parse(["--gpu", str(-1 if device.type == "cpu" else device.index), "--precision", precision])
+    front_end = model.load_frontend("xls-r-5", s.ssl, precision).to(device)
+    trials = [Trial(Path(path).name, path, n % 2, "-") for n, path in enumerate(s.paths)]
+
+    def run() -> None:
+        folder = tempfile.mkdtemp(dir=s.folder)
+        writer = preprocess.open_cache(args, Path(folder) / "xls-r-5", trials, front_end)
+        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+            preprocess.extract(args, "train", writer, front_end, set(), device)
+        writer.close()
+    seconds, = in_turns(run, repeats=s.repeats)
+
+    clips = torch.stack([dataset.load_clip(path) for path in s.paths])
+    size = 32 if device.type == "cuda" else 8
+    features = np.concatenate([preprocess.compute(front_end, part, size, device)() for part in clips.split(size)])
+    writer = preprocess.open_cache(args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end)
+    decode, compute, write = in_turns(
+        lambda: [dataset.load_clip(path) for path in s.paths],
+        lambda: [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)],
+        lambda: (writer.write(range(len(trials)), features), writer.flush()), repeats=s.repeats)
+    writer.close()
+    return seconds, features[:1], {"decoding": decode, "computing": compute, "writing": write}
+
+
+def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
+    file = next((s.folder / "pt").glob("*.pt"))
+    theirs, rows = file.stat().st_size, []
+    for dtype, target in (("float16", "2.0"), ("sqrt8", "3.85")):
+        cache = _make_cache(s, 4, dtype)
+        rows.append(Row(f"bytes a clip, {dtype}", target, theirs, cache.layout.row_bytes, "bytes", "see EER parity"))
+    return rows, []
+
+
+def _make_cache(s: Setting, rows: int, dtype: str = "float16") -> FeatureCache:
+    folder = Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5"
+    writer = CacheWriter(folder, [Trial(f"{n}", "", n % 2, "-") for n in range(rows)], {"feat": "xls-r-5"}, (201, 1024), dtype)
+    features = np.random.default_rng(0).normal(size=(1, 201, 1024)).astype(np.float32)
+    for row in range(rows):
+        writer.write([row], features + np.float32(row / rows))
+    writer.close()
+    return FeatureCache(folder)
+
+
+def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
+    """Shuffled batches of 128 from a disk whose page cache is empty: pickled files through a DataLoader, and the cache."""
+    theirs = s.folder / "cold"
+    theirs.mkdir()
+    cache = _make_cache(s, s.rows)
+    for row in range(s.rows):
+        features = cache.read(np.array([row]))[0].float()
+        torch.save(features, theirs / f"{row:06d}_x_{'fake' if row % 2 else 'real'}.pt")
+    files, shards = sorted(theirs.glob("*.pt")), sorted(cache.path.glob("features_*.npy"))
+    threads = min(8, os.cpu_count() or 1)
+    order = dataset.shuffled_batches([s.rows], 128, 0, 1)
+    taken: dict[str, list[float]] = {"reference": [], "ours": [], "in sequence": []}
+    for _ in range(min(s.repeats, 3)):
+        for name, paths, read in (("reference", files, lambda: sum(len(x) for x, _ in plain.batches(theirs, 128, threads))),
+                                  ("ours", shards, lambda: sum(len(x) for x, _ in read_ahead(cache, order, max(threads, 8)))),
+                                  ("in sequence", shards, lambda: _read_through(shards))):
+            _forget(paths)
+            start = time.perf_counter()
+            read()
+            taken[name].append(time.perf_counter() - start)
+    seconds = {name: median(values) for name, values in taken.items()}
+    total = sum(path.stat().st_size for path in shards)
+    note = (f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
+            f"reading the same files from end to end {total / seconds['in sequence'] / 1e9:.2f} GB/s.")
+    return [Row("cold random reads into batches, a row", "4", seconds["reference"] / s.rows, seconds["ours"] / s.rows, "s", "float16")], [note]
+
+
+def _forget(paths: Sequence[Path]) -> None:
+    """Have the kernel drop what it holds of these files."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_through(paths: Sequence[Path]) -> None:
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(2**24):
+                pass
+
+
+def training(s: Setting, ceilings: dict[str, float]) -> Found:
+    rows = []
+    for name, feat in (("W2VAASIST", "xls-r-5"), ("lcnn", "mel")):
+        theirs, their_losses = in_its_own_process(_train, s, name, feat, "plainly")
+        for precision, target in (("fp32", "1.2"), ("bf16", "2")):
+            if precision == "bf16" and not _has_bf16(s.device):
+                continue
+            ours, losses = in_its_own_process(_train, s, name, feat, precision)
+            apart = max(abs(a - b) for a, b in zip(losses, their_losses))
+            rows.append(Row(f"training step {name}, batch {s.batch}, {precision}, a clip", target if name == "W2VAASIST" else "-",
+                            theirs / s.batch, ours / s.batch, "s", f"losses of three steps {apart:.1e}"))
+    return rows, []
+
+
+def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[float]]:
+    """Seconds of a step, and the losses of the first three without dropout."""
+    device = s.device
+    if how != "plainly":
+        device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+        model.set_precision(how, device)
+    torch.manual_seed(0)
+    head = model.build_head(name, feat).to(device)
+    features = torch.randn(s.batch, *dataset.FEATURE_SHAPES[feat], device=device)
+    labels = torch.arange(s.batch, device=device) % 2
+    optimiser = torch.optim.Adam(head.parameters(), lr=5e-4, weight_decay=5e-4)
+    if how == "plainly":
+        head = plain.as_published(head)
+
+        def step() -> Tensor:
+            return plain.train_step(head, optimiser, features, labels)
+    else:
+        def step() -> Tensor:
+            return main_train.train_step(head, optimiser, features, labels, precision=how)
+    dropout, F.dropout = F.dropout, lambda x, *_, **__: x
+    for module in head.modules():
+        if isinstance(module, nn.Dropout):
+            module.forward = lambda x: x
+    losses = [float(step()) for _ in range(3)]
+    F.dropout = dropout
+    for module in head.modules():
+        if isinstance(module, nn.Dropout):
+            del module.forward
+    seconds, = in_turns(step, repeats=s.repeats)
+    return seconds, losses
+
+
+def scoring(s: Setting, ceilings: dict[str, float]) -> Found:
+    theirs, plain_score = in_its_own_process(_score_plainly, s)
+    rows = []
+    for precision in ("fp32", "bf16"):
+        if precision == "bf16" and not _has_bf16(s.device):
+            continue
+        ours, scores = in_its_own_process(_score_here, s, precision, 1)
+        rows.append(Row(f"scoring, audio to score, {precision}, a clip", "8", theirs / s.clips, ours / s.clips, "s",
+                        f"score of a clip {abs(scores[0] - plain_score):.1e}"))
+    return rows, []
+
+
+def _heads(s: Setting, count: int) -> dict[str, nn.Module]:
+    heads = {}
+    for number in range(count):
+        torch.manual_seed(number)
+        heads[f"head {number}"] = model.build_head("W2VAASIST", "xls-r-5").eval()
+        heads[f"head {number}"].info = {"ssl": s.ssl}
+    return heads
+
+
+def _score_plainly(s: Setting) -> tuple[float, float]:
+    front_end, head = plain.load_frontend(s.ssl, s.device), plain.as_published(_heads(s, 1)["head 0"]).to(s.device)
+    seconds, = in_turns(lambda: [plain.score(front_end, head, path, s.device) for path in s.paths], repeats=min(s.repeats, 3))
+    return seconds, plain.score(front_end, head, s.paths[0], s.device)
+
+
+def _score_here(s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None) -> tuple[float, np.ndarray]:
+    gpu = str(s.device.index if s.device.type == "cuda" else -1)
+    args = generate_score.parse(["-t", "ITW", "--gpu", gpu, "--precision", precision])
+    scorer = generate_score.Scorer(args, _heads(s, heads))
+    scores: list[np.ndarray] = []
+
+    def run() -> None:
+        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+            scores[:] = [generate_score.to_scores(scorer.score_files(paths or s.paths, args.num_workers, {}, "bench")[0][:, 0], llr=False)]
+    seconds, = in_turns(run, repeats=s.repeats)
+    return seconds, scores[0]
+
+
+def several_models(s: Setting, ceilings: dict[str, float]) -> Found:
+    one, _ = in_its_own_process(_score_here, s, "fp32", 1)
+    five, _ = in_its_own_process(_score_here, s, "fp32", 5)
+    return [Row("scoring with five models, in five passes and in one", "3.1", 5 * one, five, "s", "-")], \
+        [f"five models in one pass cost {five / one:.2f} times what one costs (target: at most {1.3 if s.device.type == 'cuda' else 1.6})."]
+
+
+def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
+    """Six subsets, the same real clips in each: half of each is scored once instead of six times."""
+    half = s.clips // 2
+    seconds = in_its_own_process(_score_subsets, s, half)
+    return [Row(f"C1..C6 ({half} shared real clips, {6 * half} fakes), subset by subset and sharing", "1.7", *seconds, "s", "equal")], \
+        [f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 of the clips)."]
+
+
+def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
+    rng = np.random.default_rng(1)
+    subsets = []
+    for subset in range(6):
+        fakes = [str(s.folder / "audio" / f"F{subset}_{n}.wav") for n in range(half)]
+        for path in fakes:
+            soundfile.write(path, rng.normal(0, 0.1, CLIP_SAMPLES), SAMPLE_RATE, subtype="PCM_16")
+        subsets.append([*s.paths[:half], *fakes])
+    args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.device.index if s.device.type == "cuda" else -1)])
+    scorer = generate_score.Scorer(args, _heads(s, 1))
+
+    def run(share: bool) -> None:
+        known: dict = {}
+        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+            for paths in subsets:
+                scorer.score_files(paths, args.num_workers, known if share else {}, "bench")
+    apart, shared = in_turns(lambda: run(False), lambda: run(True), repeats=min(s.repeats, 2))
+    return apart, shared
+
+
+def evaluation(s: Setting, ceilings: dict[str, float]) -> Found:
+    genfromtxt, ours, resampled, trials = bench_evaluate.measure(None)
+    return [Row(f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads them)", "2", genfromtxt, ours, "s", "-")], \
+        [f"evaluation with 1,000 bootstrap resamples of all twelve: {resampled:.1f} s."]
+
+
+# ── The table ────────────────────────────────────────────────────────────────────────────────────
+
+
+class _printing_to:
+    """Send a stage's own lines and progress bars elsewhere."""
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def __enter__(self) -> None:
+        self.before = sys.stdout, sys.stderr
+        sys.stdout = sys.stderr = self.file
+
+    def __exit__(self, *_: object) -> None:
+        sys.stdout, sys.stderr = self.before
+
+
+def report(rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float], s: Setting) -> str:
+    device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name()
+    head = ["stage", "reference's way", "here", "unit", "ratio", "target", "difference to the plain way"]
+    lines = ["# Measured", "", f"`python benchmarks/bench.py` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
+             f"{platform.python_version()}. Medians of {s.repeats} (slow ones of 3), {s.clips} clips of 5 s, batches of {s.batch} in training.",
+             f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.", "",
+             f"| {' | '.join(head)} |", "| :-- | --: | --: | :-- | --: | --: | :-- |"]
+    lines += [f"| {' | '.join(row.cells())} |" for row in rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
