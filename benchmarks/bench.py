@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -82,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes (default: %(default)s)")
     args = parser.parse_args(argv)
     device = torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() and args.gpu != -1 else torch.device("cpu")
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+    scratch = RESULTS.parents[1] / "data"              # beside real features, not on a /tmp that may be memory
+    scratch.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         setting = prepare(Path(folder), device, args.quick)
         ceilings = measure_ceilings(device)
         rows, notes = [], []
@@ -144,8 +147,8 @@ def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
 
 def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """For what pick_device() sets for a whole process (glibc's memory), which the reference's way must not profit from."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
