@@ -39,7 +39,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-f1", "--path_to_features1", type=Path, metavar="DIR", help="where 19LA's features go (default: features/LA)")
     parser.add_argument("--feat", choices=tuple(dataset.FEATURE_SHAPES), default="xls-r-5", help="front end (default: %(default)s)")
     parser.add_argument("--ssl", default=model.DEFAULT_SSL, metavar="ID|DIR", help="wav2vec 2.0 weights: hub id or local folder (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="type of the stored values (default: %(default)s)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="stored values: float32 exact, float16 half its bytes, "
+                        "sqrt8 a quarter, 8-bit square roots within about 1 %% (default: %(default)s)")
     parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the front end (default: %(default)s)")
     parser.add_argument("--verify", action="store_true", help="check every row of an existing cache instead")
     parser.add_argument("--repair", action="store_true", help="with --verify: extract the damaged rows anew")

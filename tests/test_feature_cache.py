@@ -12,7 +12,7 @@ import torch
 import feature_cache
 from cli import InputError
 from dataset import FAKE, REAL, Trial
-from feature_cache import DAMAGED, DONE, FAILED, NOT_YET, CacheWriter, FeatureCache, JoinedFeatures, ReferenceFeatures, open_features, read_ahead
+from feature_cache import DAMAGED, DONE, FAILED, NOT_YET, CacheWriter, FeatureCache, JoinedFeatures, ReferenceFeatures, decode, encode, open_features, read_ahead
 
 SHAPE = (505, 80)
 FRONT_END = {"feat": "mel", "clip_samples": 64_600}
@@ -221,6 +221,109 @@ def test_joined_parts_number_their_rows_on(folder: Path, values: np.ndarray) -> 
     features, labels = both.read(np.array([13, 2, 19]))
     assert np.array_equal(features, values[[3, 2, 9]]) and labels.tolist() == [1, 0, 1]
     assert np.array_equal(both.read(np.array([12, 11]))[0], values[[2, 1]])
+
+
+# ── Eight bits a value ──
+
+
+def powers(count: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
+    """Positive and negative values over twelve decades, as mel bands of one frame lie apart."""
+    rng = np.random.default_rng(3)
+    return (rng.choice([-1, 1], (count, *shape)) * 10 ** rng.uniform(-9, 3, (count, *shape))).astype(np.float32)
+
+
+def assert_within_bound(found: np.ndarray, values: np.ndarray) -> None:
+    """encode()'s own promise, with room for float32's last digits."""
+    size, peak = np.abs(values.astype(np.float64)), np.abs(values.astype(np.float64)).max(axis=-1, keepdims=True)
+    assert found.dtype == np.float32 and np.isfinite(found).all()
+    assert (np.abs(found - values.astype(np.float64)) <= np.sqrt(peak * size) / 127 + peak / 254**2 + 1e-6 * size).all()
+
+
+def test_eight_bits_keep_every_band_of_a_frame() -> None:
+    """Steps of equal size would lose all below 1/254 of the frame's peak."""
+    values = powers(3)
+    found = decode(encode(values, "sqrt8")).numpy()
+    assert_within_bound(found, values)
+    peak = np.abs(values).max(axis=2, keepdims=True)
+    quiet = (np.abs(values) > peak / 1000) & (np.abs(values) < peak / 500)
+    assert quiet.sum() > 500 and (np.abs(found / values - 1)[quiet] < 0.3).all()
+
+
+@pytest.mark.parametrize("peak", [0, 1e-30, 1, 3.4028235e38])
+def test_extreme_frames_decode_within_the_bound(peak: float) -> None:
+    """Silence, which has no peak to divide by, and values whose own code must not decode to infinity."""
+    values = np.linspace(-1, 1, 2 * 5 * 81).reshape(2, 5, 81).astype(np.float32) * np.float32(peak)
+    values[0, 1] = 0
+    values[1, 2, :-1] = 0                       # one outlier
+    assert_within_bound(decode(encode(values, "sqrt8")).numpy(), values)
+
+
+def test_a_frames_scale_is_its_own() -> None:
+    """A loud frame takes nothing from the frames beside it."""
+    values = powers(2)
+    louder = values.copy()
+    louder[0, 7] *= 1e6
+    one, other = decode(encode(values, "sqrt8")), decode(encode(louder, "sqrt8"))
+    assert not torch.equal(one[0, 7], other[0, 7])
+    one[0, 7] = other[0, 7] = 0
+    assert torch.equal(one, other)
+
+
+def test_an_eight_bit_cache_gives_back_what_its_code_holds(tmp_path: Path) -> None:
+    """Written, interrupted, resumed and read; the plain way, numpy.load and the formula, agrees; bytes are the same over runs."""
+    values = powers(10)
+    for name, rows in (("one", [range(10)]), ("two", [range(3), range(3, 10)])):
+        for some in rows:
+            cache = writer(tmp_path / name, dtype="sqrt8")
+            cache.write(some, values[some])
+            cache.close()
+    order = np.array([9, 0, 4, 4])
+    features, labels = FeatureCache(tmp_path / "one").read(order)
+    assert torch.equal(features, decode(encode(values, "sqrt8"))[order]) and labels.tolist() == [1, 0, 0, 0]
+    plain = np.concatenate([np.load(path) for path in sorted((tmp_path / "one").glob("features_*.npy"))])
+    code = plain["code"].astype(np.float32)
+    np.testing.assert_allclose(features, (plain["scale"][..., None] * code * np.abs(code))[order], rtol=1e-6)
+    files = [path.name for path in (tmp_path / "one").iterdir()]
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    with pytest.raises(InputError, match="dtype 'sqrt8', this run would make 'float16'"):
+        writer(tmp_path / "one")
+
+
+def test_eight_bit_rows_take_a_quarter_of_the_references_bytes() -> None:
+    assert len(encode(np.ones((1, 201, 1024), np.float32), "sqrt8").tobytes()) <= 0.251 * 824_774
+    assert len(encode(np.ones((1, *SHAPE), np.float32), "sqrt8").tobytes()) <= 0.263 * 4 * SHAPE[0] * SHAPE[1]
+
+
+@pytest.mark.parametrize("offset", [0, 777, 4 * SHAPE[0], 4 * SHAPE[0] + SHAPE[0] * SHAPE[1] - 1])
+def test_damage_to_eight_bit_rows_is_found_and_mended(tmp_path: Path, offset: int) -> None:
+    """In the scales and in the codes."""
+    values = powers(10)
+    cache = writer(tmp_path, dtype="sqrt8")
+    cache.write(range(10), values)
+    cache.close()
+    shard = tmp_path / "features_00001.npy"
+    whole = shard.read_bytes()
+    data = bytearray(whole)
+    data[cache.layout.header_bytes + 2 * cache.layout.row_bytes + offset] ^= 1
+    shard.write_bytes(data)
+    assert FeatureCache(tmp_path).damaged_rows() == [6]
+    with pytest.raises(InputError, match=r"row 6 \(LA_T_6\) is damaged"):
+        FeatureCache(tmp_path).read(np.arange(10))
+    assert feature_cache.mend_files(tmp_path, TRIALS) == []
+    cache = writer(tmp_path, dtype="sqrt8")
+    cache.forget([6])
+    cache.write([6], values[[6]])
+    cache.close()
+    assert FeatureCache(tmp_path).damaged_rows() == [] and shard.read_bytes() == whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "sqrt8"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
+    values = powers(10)
+    values[3, 5, 6] = value
+    with pytest.raises(InputError, match=f"3.flac: its feature reaches (nan|inf), which {dtype} cannot hold"):
+        writer(tmp_path, dtype=dtype).write(range(10), values)
 
 
 # ── The reference's own files ──
