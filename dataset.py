@@ -6,6 +6,7 @@ features have a room of their own, `feature_cache.py`.
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import math
 import os
@@ -71,7 +72,13 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the corpus's folder with -d")
-    trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
+    collecting = gc.isenabled()
+    gc.disable()                       # a million new tuples would have it look through them all over and over
+    try:
+        trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
+    finally:
+        if collecting:
+            gc.enable()
     if not trials:
         raise InputError(f"{root}: the protocol of {part} has no rows")
     return trials
@@ -84,16 +91,17 @@ def _codecfake(root: Path, part: str) -> list[Trial]:
     folders = [root / above / name for above in ("test", "") for name in names]
     if part in ("train", "dev"):
         folders = [root / part]
-    folder = next((f for f in folders if f.is_dir()), folders[0])
+    folder = str(next((f for f in folders if f.is_dir()), folders[0]))       # formatting a Path a million times takes a second
 
-    trials = []
+    trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
     for row, fields in _rows(protocol):
         if len(fields) not in (2, 3):
             raise _bad_row(protocol, row, "`name.wav real|fake tag`", fields)
         name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
-        label = _label(protocol, row, fields[1], {"real": REAL, "fake": FAKE})
-        source = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
-        trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else source))
+        label = _label(protocol, row, fields[1], words)
+        if tag not in sources:
+            sources[tag] = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
+        trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag]))
     return trials
 
 
@@ -103,14 +111,14 @@ def _asvspoof2019(root: Path, part: str) -> list[Trial]:
         root = root / "LA"             # LA.zip unpacks into a folder LA of its own
     kind = "trn" if part == "train" else "trl"
     protocol = _first_file(root, [f"ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{kind}.txt"])
-    folder = root / f"ASVspoof2019_LA_{part}" / "flac"
+    folder = str(root / f"ASVspoof2019_LA_{part}" / "flac")
 
-    trials = []
+    trials, words = [], {"bonafide": REAL, "spoof": FAKE}
     for row, fields in _rows(protocol):
         if len(fields) != 5:
             raise _bad_row(protocol, row, "`speaker utterance - attack key`", fields)
         name = _plain_name(protocol, row, fields[1])
-        label = _label(protocol, row, fields[4], {"bonafide": REAL, "spoof": FAKE})
+        label = _label(protocol, row, fields[4], words)
         attack = _plain_name(protocol, row, fields[3], "attack")
         trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
     return trials
