@@ -128,7 +128,7 @@ def measure_head() -> tuple[float, float, float]:
     optimiser = torch.optim.Adam(head.parameters())
     train = median_rate(lambda: main_train.train_step(head.train(), optimiser, features, labels), BATCH)
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), counter:
+    with counter:                      # which needs the graph that inference mode leaves out
         head.eval()(features)
     with torch.inference_mode():
         return median_rate(lambda: head(features), BATCH), train, counter.get_total_flops() / BATCH / 1e9
@@ -214,7 +214,7 @@ def on_gpus(count: int, here: Machine, args: argparse.Namespace) -> Machine:
 def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str]) -> str:
     row_bytes = row_type(args.dtype, dataset.FEATURE_SHAPES["xls-r-5"]).itemsize
     lines = ["# What the whole job costs", "", f"Written by `benchmarks/scale.py`; {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
-             f"{torch.get_num_threads()} threads; W2V2-AASIST on xls-r-5, cache in {args.dtype}.", "",
+             f"torch threads: {torch.get_num_threads()}; W2V2-AASIST on xls-r-5, cache in {args.dtype}.", "",
              "| figure | value | source |", "| :-- | --: | :-- |"]
     for name, text in (("front_end", "front end, clips/s"), ("head", "head forwards, clips/s"), ("train", "head trained (no SAM), clips/s"),
                        ("decode", "decoding, files/s and core"), ("rows", "cached rows, rows/s and core"),
