@@ -64,8 +64,13 @@ def set_precision(precision: str, device: torch.device) -> None:
     """fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking."""
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = precision == "tf32"
-    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and not has_bf16(device):
         cli.say("note: this CPU has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products are worth asking for."""
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -74,12 +79,12 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 
 
 def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
-    """Clips (B, 64600) on the device, followed by silence up to (size, 64600).
+    """Clips (B, samples) on the device, followed by silence up to (size, samples).
 
     One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on
     how often the run was interrupted. The copy to a GPU runs beside what it computes.
     """
-    full = torch.zeros(size, CLIP_SAMPLES, pin_memory=device.type == "cuda")
+    full = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
     full[:len(clips)] = clips
     return full.to(device, non_blocking=True)
 

@@ -173,7 +173,7 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, plain_features = in_its_own_process(_extract_plainly, s)
     rows, notes = [], []
     for precision, target in (("fp32", "3.5"), ("bf16", "10")):
-        if precision == "bf16" and not _has_bf16(s.device):
+        if precision == "bf16" and not model.has_bf16(s.device):
             notes.append("bf16: this CPU has no bfloat16 instructions "
                          f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it.")
             continue
@@ -186,10 +186,6 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
                      f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' ceiling. Time goes to "
                      + ", ".join(f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()) + " a clip (some of it side by side).")
     return rows, notes
-
-
-def _has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
@@ -291,7 +287,7 @@ def training(s: Setting, ceilings: dict[str, float]) -> Found:
     for name, feat in (("W2VAASIST", "xls-r-5"), ("lcnn", "mel")):
         theirs, their_losses = in_its_own_process(_train, s, name, feat, "plainly")
         for precision, target in (("fp32", "1.2"), ("bf16", "2")):
-            if precision == "bf16" and not _has_bf16(s.device):
+            if precision == "bf16" and not model.has_bf16(s.device):
                 continue
             ours, losses = in_its_own_process(_train, s, name, feat, precision)
             apart = max(abs(a - b) for a, b in zip(losses, their_losses))
@@ -336,7 +332,7 @@ def scoring(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, plain_score = in_its_own_process(_score_plainly, s)
     rows = []
     for precision in ("fp32", "bf16"):
-        if precision == "bf16" and not _has_bf16(s.device):
+        if precision == "bf16" and not model.has_bf16(s.device):
             continue
         ours, scores = in_its_own_process(_score_here, s, precision, 1)
         rows.append(Row(f"scoring, audio to score, {precision}, a clip", "8", theirs / s.clips, ours / s.clips, "s",

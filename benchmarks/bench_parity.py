@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ssl = args.ssl or Path(folder) / "ssl"
         if not args.ssl and any(head.feat != "mel" for head in heads.values()):
             save_random_wav2vec2(ssl)
-        front_ends = {feat: model.load_frontend(feat, str(ssl)).to(device) for feat in {head.feat for head in heads.values()}}
+        front_ends = {feat: tuple(model.load_frontend(feat, str(ssl), precision).to(device) for precision in ("fp32", "bf16"))
+                      for feat in {head.feat for head in heads.values()}}
     print(f"EER (%) on {args.task}, {sum(map(len, subsets.values()))} clips; {device}, torch {torch.__version__}; "
           f"interval: {bootstrap.COVERAGE:.0%}, {bootstrap.N_RESAMPLES} resamples\n")
     if not args.ssl and "xls-r-5" in front_ends:
@@ -81,7 +84,10 @@ def present_trials(task: str, root: Path, part: str) -> list[Trial]:
     return [trial for trial in trials if trial not in missing]
 
 
-def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends: dict[str, model.FrontEnd],
+FrontEnds = tuple[model.FrontEnd, model.FrontEnd]      # in float32, in bfloat16
+
+
+def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends: dict[str, FrontEnds],
           heads: dict[str, torch.nn.Module], device: torch.device) -> dict[str, np.ndarray]:
     """Log-likelihood ratios (types, N) of each head."""
     size = args.batch_size
@@ -91,7 +97,7 @@ def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends
         for batch in dataset.clip_batches([trial.path for trial in trials], batches, args.num_workers):
             for reason in batch.failures.values():
                 raise InputError(reason)
-            features = {feat: features_of(front_end, batch.clips, size, device) for feat, front_end in front_ends.items()}
+            features = {feat: features_of(pair, batch.clips, size, device) for feat, pair in front_ends.items()}
             for name, head in heads.items():
                 exact, *others = features[head.feat]
                 llrs[name][:, batch.rows] = llr_of(head, exact, device)
@@ -102,10 +108,26 @@ def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends
     return llrs
 
 
-def features_of(front_end: model.FrontEnd, clips: torch.Tensor, size: int, device: torch.device) -> list[torch.Tensor]:
+def features_of(front_ends: FrontEnds, clips: torch.Tensor, size: int, device: torch.device) -> list[torch.Tensor]:
     """Features (B, frames, dim) of clips (B, 64600), one tensor of each of TYPES."""
-    exact, bf16 = (preprocess.compute(front_end, clips, size, precision, device) for precision in ("fp32", "bf16"))
+    exact = preprocess.compute(front_ends[0], clips, size, device)()
+    with nullcontext() if model.has_bf16(device) else RoundedToBf16():
+        bf16 = preprocess.compute(front_ends[1], clips, size, device)()
     return [torch.from_numpy(exact), torch.from_numpy(bf16), decode(encode(exact, "float16")), decode(encode(exact, "sqrt8"))]
+
+
+class RoundedToBf16(torch.overrides.TorchFunctionMode):
+    """bfloat16 products as hardware makes them, with float32 sums, on a CPU that would take minutes: operands are
+    bfloat16 already, so computing in float32 and rounding the result is the same arithmetic."""
+
+    COSTLY = ("addmm", "addmm_", "linear", "layer_norm", "gelu", "scaled_dot_product_attention")
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.__name__ not in self.COSTLY or args[0].dtype != torch.bfloat16:
+            return function(*args, **(kwargs or {}))
+        wide = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
+        result = function(*wide, **(kwargs or {})).to(torch.bfloat16)
+        return args[0].copy_(result) if function.__name__ == "addmm_" else result
 
 
 @torch.inference_mode()

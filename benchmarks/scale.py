@@ -117,8 +117,8 @@ def measure_front_end(folder: Path) -> tuple[float, float]:
     device = torch.device("cpu")
     counter = FlopCounterMode(display=False)
     with counter:
-        preprocess.compute(front_end, clips, BATCH, "fp32", device)
-    return median_rate(lambda: preprocess.compute(front_end, clips, BATCH, "fp32", device), BATCH, 1), counter.get_total_flops() / BATCH / 1e9
+        preprocess.compute(front_end, clips, BATCH, device)()
+    return median_rate(lambda: preprocess.compute(front_end, clips, BATCH, device)(), BATCH, 1), counter.get_total_flops() / BATCH / 1e9
 
 
 def measure_head() -> tuple[float, float, float]:
