@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 USER_ERROR = 2             # exit code of a mistake that the user can mend
 SIGNAL_EXIT = 128          # the shell's convention: 128 + the signal's number
@@ -28,6 +28,13 @@ class Stopped(BaseException):
 
 
 _stopped_by: int | None = None     # the signal, once one has come
+_has_last_word: Callable[[], bool] = lambda: True
+
+
+def one_last_word(claim: Callable[[], bool]) -> None:
+    """Of several processes on one job, only the one whose `claim()` gives True says what ended it: one failure ends them all."""
+    global _has_last_word
+    _has_last_word = claim
 
 
 def run(main: Callable[[], None], if_stopped: str) -> None:
@@ -46,12 +53,17 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         _end(USER_ERROR, f"error: {error}")
     except BrokenPipeError:            # `| head` closed the pipe: not an error, and nobody left to tell
         sys.stdout = None
+        _has_last_word()
         sys.exit(SIGNAL_EXIT + signal.SIGPIPE)
     except OSError as error:
         _end(USER_ERROR, f"error: {describe(error)}")
     except Stopped:
         word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
         _end(SIGNAL_EXIT + _stopped_by, f"{word}: {if_stopped}")
+    except Exception:
+        if _has_last_word():
+            raise
+        sys.exit(1)                    # the end of another process broke the connection to it
 
 
 def _stop(number: int, frame: object) -> None:
@@ -151,6 +163,15 @@ def only_one(folder: str | Path) -> Iterator[None]:
             _locks.discard(file)
 
 
+class Parser(argparse.ArgumentParser):
+    """Of several processes given the same wrong options, one says so."""
+
+    def error(self, message: str) -> NoReturn:
+        if _has_last_word():
+            super().error(message)
+        sys.exit(USER_ERROR)
+
+
 def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None) -> None:
     """The options that every script which runs a network shares."""
     parser.add_argument("--gpu", type=int, metavar="N", help="index of the GPU, -1 for the CPU (default: the first GPU if there is one)")
@@ -185,5 +206,6 @@ def switch(text: str) -> bool:
 
 
 def _end(code: int, message: str) -> None:
-    print(printable(message), file=sys.stderr)
+    if _has_last_word():
+        print(printable(message), file=sys.stderr)
     sys.exit(code)

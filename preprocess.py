@@ -24,6 +24,7 @@ import cli
 import dataset
 import feature_cache
 import model
+import ranks
 from cli import InputError
 from dataset import Trial
 from feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
@@ -32,7 +33,7 @@ FLUSH_EVERY = 256          # rows; at most so many are computed again after a ki
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("-t", "--task", choices=("codecfake", "19LA"), default="codecfake", help="the corpus (default: %(default)s)")
     parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="its folder (default: data/Codecfake or data/LA)")
     parser.add_argument("-f", "--path_to_features", type=Path, metavar="DIR", help="where Codecfake's features go (default: features/Codecfake)")
@@ -56,25 +57,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in ("train", "dev"):
             require_cache(args.features / part / args.feat)
         if not args.repair:
+            if not ranks.is_first():
+                return
             if any([verify(args.features / part / args.feat) for part in ("train", "dev")]):
                 raise InputError("the cache is damaged as listed above; add --repair to extract those rows anew")
             for part in ("train", "dev"):
                 FeatureCache(args.features / part / args.feat).require_complete()
             return
-    device = model.pick_device(args.gpu)
+    device = model.pick_device(ranks.gpu(args.gpu))
     model.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in ("train", "dev")}
     front_end = model.load_frontend(args.feat, args.ssl, args.precision).to(device)
     for part, (trials, absent) in corpus.items():
         folder = args.features / part / args.feat
-        with cli.only_one(folder):
-            if args.repair:
-                for name in feature_cache.mend_files(folder, trials):
-                    cli.say(f"{folder / name}: damaged; made anew")
+        with ranks.only_one(folder):
+            if ranks.is_first():
+                prepare_cache(args, folder, trials, front_end)
+            ranks.barrier()
             writer = open_cache(args, folder, trials, front_end)
             try:
-                if args.repair:
-                    writer.forget(verify(folder))
                 extract(args, part, writer, front_end, absent, device)
             finally:
                 writer.close()
@@ -100,7 +101,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
     """The part's trials and the rows whose files are absent, which --skip_missing has to allow."""
     trials = dataset.read_protocol(args.task, args.path_to_database, part)
-    missing = dataset.find_missing(trials)
+    missing = ranks.from_first(lambda: dataset.find_missing(trials))
     if missing:
         line = dataset.describe_missing(missing, len(trials))
         if not args.skip_missing or len(missing) == len(trials):
@@ -108,6 +109,19 @@ def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], s
         cli.say(f"note: {line}; going on without them")
     absent = set(missing)
     return trials, {row for row, trial in enumerate(trials) if trial in absent}
+
+
+def prepare_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> None:
+    """Make the cache if there is none; with --repair, mend its files and forget its damaged rows."""
+    if args.repair:
+        for name in feature_cache.mend_files(folder, trials):
+            cli.say(f"{folder / name}: damaged; made anew")
+    writer = open_cache(args, folder, trials, front_end)
+    try:
+        if args.repair:
+            writer.forget(verify(folder))
+    finally:
+        writer.close()
 
 
 def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> CacheWriter:
@@ -119,8 +133,9 @@ def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], fron
 
 def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end: model.FrontEnd, absent: set[int],
             device: torch.device) -> None:
-    """Compute and store every row that the cache does not hold yet."""
+    """Compute and store every row that the cache does not hold yet; the ranks take the batches in turn."""
     trials, done = writer.trials, writer.states() == DONE
+    ranks.barrier()                    # a rank that looked once another had written would count other batches
     size = args.batch_size or (32 if device.type == "cuda" else 8)
     todo = np.flatnonzero(~done)
     # Batches stay aligned to the protocol, so that a resumed run computes what an uninterrupted one would.
@@ -130,28 +145,34 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     failures = {row: "absent" for row in absent}
     allowed = int(len(trials) * args.max_failed / 100) + len(absent)
     rates: Counter = Counter()
+    n_finished, n_failed = ranks.Tally(), ranks.Tally()
     cli.say(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done -> {writer.folder}")
-    with tqdm(total=len(todo), unit="clip", disable=not len(todo), desc=part) as bar, ThreadPoolExecutor(1) as disk:
+    with tqdm(total=len(todo), unit="clip", disable=not len(todo) or not ranks.is_first(), desc=part) as bar, ThreadPoolExecutor(1) as disk:
         writing: Future | None = None
-        for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in batches if b], args.num_workers):
+        for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in ranks.share(batches) if b], args.num_workers):
             features = compute(front_end, batch.clips, size, device)
             failed = {row: reason for row, reason in batch.failures.items() if not done[row]}
             failures |= failed
-            if len(failures) > allowed:
-                raise InputError(f"{len(failures)} of {len(trials)} files cannot be read, more than --max_failed "
+            if failed and (count := n_failed.add(len(failed)) + len(absent)) > allowed:
+                raise InputError(f"{count} of {len(trials)} files cannot be read, more than --max_failed "
                                  f"{args.max_failed:g} %; the last: {next(iter(failed.values()))}")
             wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
             if writing:
                 writing.result()
             writing = disk.submit(store, writer, [batch.rows[i] for i in wanted], features, wanted, list(failed))
             rates += batch.rates
-            bar.update(len(wanted) + len(failed))
+            bar.update(n_finished.add(len(wanted) + len(failed)) - bar.n)
         if writing:
             writing.result()
-    writer.mark_failed(sorted(absent))
-    writer.flush()
-    writer.write_failures(failures)
-    report(writer, failures, rates)
+        writer.mark_failed(sorted(absent))
+        writer.flush()
+        ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
+        bar.update(n_finished.add() - bar.n)
+    found = ranks.gather((failures, rates))
+    if ranks.is_first():
+        failures = {row: reason for of_rank, _ in found for row, reason in of_rank.items()}
+        writer.write_failures(failures)
+        report(writer, failures, sum((of_rank for _, of_rank in found), Counter()))
 
 
 def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, device: torch.device) -> Callable[[], np.ndarray]:
@@ -207,4 +228,4 @@ def verify(folder: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    cli.run(main, if_stopped="run the same command again to go on; finished rows are kept")
+    ranks.run(main, if_stopped="run the same command again to go on; finished rows are kept")

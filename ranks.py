@@ -1,0 +1,208 @@
+"""Several processes on one job, as `torchrun --nproc_per_node=2 preprocess.py ...` starts them.
+
+What they tell one another passes through torchrun's key-value store, by polling: a wait can be interrupted
+at any moment and last for days, and no threads are left for the forks of the decoding helpers to lose. Only
+training joins a process group besides. Without torchrun there is one rank and nothing to join.
+"""
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import cli
+from cli import InputError
+
+T = TypeVar("T")
+
+POLL = 0.02                # seconds between two looks at the store
+PIECE = 2**22              # bytes; the store drops connections that send twice as much at once
+LONGEST = timedelta(days=7)            # the first rank may write for long; that a rank has died is torchrun's to notice
+
+_store: dist.Store | None = None
+_rank, _size = 0, 1
+_numbers = itertools.count()           # names in the store: all ranks ask for the same things in the same order
+
+
+def run(main: Callable[[], None], if_stopped: str) -> None:
+    """cli.run() for a script that torchrun may have started several times: one of the ranks says what ended them all."""
+    def joined() -> None:
+        _join()
+        main()
+        _leave()
+    cli.run(joined, if_stopped)
+
+
+def _join() -> None:
+    global _store, _rank, _size
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    try:
+        _store, _rank, _size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that it sets is there "
+                         f"({error}); start with torchrun, or unset WORLD_SIZE") from None
+    cli.one_last_word(_is_first_to_end)
+    if _rank:
+        sys.stdout = open(os.devnull, "w")
+
+
+def _leave() -> None:
+    """The first rank leaves last: where torchrun does not keep the store, it does."""
+    if _rank:
+        _store.add("left", 1)
+    elif _size > 1:
+        _wait(lambda: _store.add("left", 0) == _size - 1)
+
+
+def _is_first_to_end() -> bool:
+    try:
+        return _store.add("ended", 1) == 1
+    except RuntimeError:               # torchrun itself is gone, and nobody else will speak
+        return True
+
+
+def _wait(ready: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None) -> None:
+    while not ready():
+        cli.stop_if_asked()
+        meanwhile()
+        time.sleep(POLL)
+
+
+# ── Who does what ────────────────────────────────────────────────────────────────────────────────
+
+
+def rank() -> int:
+    return _rank
+
+
+def size() -> int:
+    return _size
+
+
+def is_first() -> bool:
+    """Whether this is the rank that prints and writes."""
+    return _rank == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every N-th of the items, from this rank's on."""
+    return items[_rank::_size]
+
+
+def gpu(asked: int | None) -> int | None:
+    """What --gpu means for this rank: each process of a machine takes a GPU of its own, or all the CPU."""
+    if _size == 1 or not torch.cuda.is_available() or (asked is not None and asked < 0):
+        return asked
+    if asked is not None:
+        raise InputError(f"--gpu {asked}: names one GPU, but of {_size} processes each takes its own; leave it out, and choose GPUs "
+                         "with CUDA_VISIBLE_DEVICES")
+    return int(os.environ["LOCAL_RANK"])
+
+
+# ── What all have to know ────────────────────────────────────────────────────────────────────────
+
+
+def barrier(meanwhile: Callable[[], Any] = lambda: None) -> None:
+    """Go on once every rank is here; `meanwhile` is called now and then until that."""
+    if _size > 1:
+        name = f"barrier {next(_numbers)}"
+        _store.add(name, 1)
+        _wait(lambda: _store.add(name, 0) == _size, meanwhile)
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on each of them."""
+    if _size == 1:
+        return [value]
+    name, data = f"gather {next(_numbers)}", pickle.dumps(value)
+    starts = range(0, len(data), PIECE)
+    for start in starts:
+        _store.set(f"{name} {_rank} {start}", data[start:start + PIECE])
+    _store.set(f"{name} {_rank}", str(len(data)))
+    barrier()
+    values = [pickle.loads(b"".join(_pieces(f"{name} {other}"))) for other in range(_size)]
+    barrier()
+    for start in starts:               # the store keeps all in memory, and scores of whole corpora pass through it
+        _store.delete_key(f"{name} {_rank} {start}")
+    return values
+
+
+def _pieces(name: str) -> Iterator[bytes]:
+    for start in range(0, int(_store.get(name)), PIECE):
+        yield _store.get(f"{name} {start}")
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives on the first rank, where alone it is called."""
+    return gather(make() if is_first() else None)[0]
+
+
+class Tally:
+    """A sum over all ranks. Each adds to it when it likes and waits for nobody."""
+
+    def __init__(self) -> None:
+        self._name, self._sum = f"tally {next(_numbers)}", 0
+
+    def add(self, count: int = 0) -> int:
+        """The new sum."""
+        self._sum = self._sum + count if _size == 1 else _store.add(self._name, count)
+        return self._sum
+
+
+@contextmanager
+def only_one(folder: str | Path) -> Iterator[None]:
+    """cli.only_one() for all ranks together: the first holds the folder from before any of them goes on to after all are done."""
+    with cli.only_one(folder) if is_first() else nullcontext():
+        barrier()
+        yield
+        barrier()
+
+
+# ── Training ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Let tensors on `device` be reduced over the ranks."""
+    if _size == 1:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    barrier()                          # unlike what follows, this can be interrupted
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"group {next(_numbers)}", _store),
+                            rank=_rank, world_size=_size, timeout=LONGEST)
+    yield
+    dist.destroy_process_group()       # not after an error: the other ranks may be anywhere
+
+
+def parallel(network: nn.Module, has_idle_parameters: bool) -> nn.Module:
+    """The network, its gradients averaged over the ranks after each backward pass.
+
+    Args:
+        has_idle_parameters: some of them never get a gradient.
+    """
+    if _size == 1:
+        return network
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=has_idle_parameters)
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of each rank's tensor."""
+    if _size == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / _size
