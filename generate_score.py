@@ -16,6 +16,8 @@ import json
 import os
 import shlex
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ import cli
 import dataset
 import eval_metrics
 import model
+import ranks
 from cli import InputError
 from dataset import FAKE, REAL, Trial
 
@@ -40,7 +43,7 @@ THRESHOLD = 0.5            # of the verdict on a person's own recordings
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("-t", "--task", choices=(*CORPUS_FOLDERS, "audio"), required=True, help="what to score")
     parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="the corpus (default: data/Codecfake, data/LA or data/ITW)")
     parser.add_argument("--path", type=Path, nargs="+", metavar="FILE|FOLDER", help="recordings of -t audio")
@@ -97,7 +100,7 @@ class Scorer:
     """
 
     def __init__(self, args: argparse.Namespace, heads: dict[str, torch.nn.Module]):
-        self.device = model.pick_device(args.gpu)
+        self.device = model.pick_device(ranks.gpu(args.gpu))
         self.precision = args.precision
         model.set_precision(args.precision, self.device)
         self.batch_size = args.batch_size or (32 if self.device.type == "cuda" else 8)
@@ -130,7 +133,7 @@ class Scorer:
 
     def score_files(self, paths: Sequence[str], num_workers: int, known: dict[bytes, np.ndarray],
                     label: str) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
-        """Logits of audio files, each distinct clip computed once.
+        """Logits of audio files, each distinct clip computed once; the ranks share the files.
 
         Args:
             known: logits by clip; what is computed here is added, so that C1..C6, whose real clips are
@@ -139,13 +142,15 @@ class Scorer:
         Returns:
             Logits (N, heads, 2), NaN for files that could not be read; the reasons; sampling rates counted.
         """
-        logits = np.full((len(paths), len(self.heads), 2), np.nan)
         digests: list[bytes | None] = [None] * len(paths)
         failures: dict[int, str] = {}
         rates: dict[int, int] = {}
         waiting: dict[bytes, Tensor] = {}
-        batches = [range(first, min(first + self.batch_size, len(paths))) for first in range(0, len(paths), self.batch_size)]
-        with tqdm(total=len(paths), unit="clip", desc=label) as bar:
+        # By name, not by position: so a clip of several subsets is always the same rank's, which knows its logits.
+        own = [row for row, path in enumerate(paths) if zlib.crc32(os.fsencode(os.path.basename(path))) % ranks.size() == ranks.rank()]
+        batches = [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
+        finished = ranks.Tally()
+        with tqdm(total=len(paths), unit="clip", desc=label, disable=not ranks.is_first()) as bar:
             for batch in dataset.clip_batches(paths, batches, num_workers):
                 failures |= batch.failures
                 for rate, count in batch.rates.items():
@@ -156,12 +161,24 @@ class Scorer:
                         waiting[digest] = clip
                     if len(waiting) == self.batch_size:
                         self._compute(waiting, known)
-                bar.update(len(batch.rows) + len(batch.failures))
+                bar.update(finished.add(len(batch.rows) + len(batch.failures)) - bar.n)
             self._compute(waiting, known)
-        for row, digest in enumerate(digests):
-            if digest is not None:
-                logits[row] = known[digest]
-        return logits, failures, rates
+            ranks.barrier(lambda: bar.update(finished.add() - bar.n))
+            bar.update(finished.add() - bar.n)
+        return self._join(len(paths), {row: known[digest] for row, digest in enumerate(digests) if digest is not None}, failures, rates)
+
+    def _join(self, n: int, own: dict[int, np.ndarray], failures: dict[int, str], rates: dict[int, int]) \
+            -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+        """What score_files() returns, from what each rank found."""
+        logits = np.full((n, len(self.heads), 2), np.nan)
+        all_failures: dict[int, str] = {}
+        all_rates: Counter = Counter()
+        for rows, values, failed, rated in ranks.gather((list(own), np.array(list(own.values())), failures, rates)):
+            if rows:
+                logits[rows] = values
+            all_failures |= failed
+            all_rates += Counter(rated)
+        return logits, dict(sorted(all_failures.items())), dict(all_rates)
 
     def _compute(self, waiting: dict[bytes, Tensor], known: dict[bytes, np.ndarray]) -> None:
         if waiting:
@@ -190,11 +207,13 @@ class Subset:
 def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) -> None:
     result = args.result_folder or Path("result")
     folders = [result / name if len(heads) > 1 else result for name in heads]
-    subsets = [subset for subset in open_subsets(args) if args.overwrite or not finished(subset.name, folders)]
+    subsets = open_subsets(args)
+    done = ranks.from_first(lambda: {subset.name for subset in subsets if not args.overwrite and finished(subset.name, folders)})
+    subsets = [subset for subset in subsets if subset.name not in done]
     if not subsets:
         cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
-    with cli.only_one(result):
+    with ranks.only_one(result):
         for folder in folders:
             eval_metrics.read_checksums(folder)        # damaged, it would be found only after hours
         score_subsets(args, heads, subsets, folders)
@@ -210,8 +229,9 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
                              "or go on without them with --skip_missing")
         if note := dataset.describe_rates(rates):
             cli.say(note)
-        for number, (folder, head) in enumerate(zip(folders, heads.values())):
-            write_subset(args, folder, subset, logits[:, number], failures, head)
+        if ranks.is_first():
+            for number, (folder, head) in enumerate(zip(folders, heads.values())):
+                write_subset(args, folder, subset, logits[:, number], failures, head)
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
@@ -221,7 +241,7 @@ def open_subsets(args: argparse.Namespace) -> list[Subset]:
     for name, part in wanted.items():
         trials = dataset.read_protocol(args.task, args.path_to_database, part)
         eval_metrics.check_names(f"{args.path_to_database}, {name}", [trial.name for trial in trials])
-        missing = dataset.find_missing(trials)
+        missing = ranks.from_first(lambda: dataset.find_missing(trials))
         absent = set(missing)
         present = [trial for trial in trials if trial not in absent]
         if missing:
@@ -289,6 +309,8 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
     paths = find_recordings(args.path)
     scorer = Scorer(args, heads)
     logits, failures, _ = scorer.score_files(paths, args.num_workers, {}, "audio")
+    if not ranks.is_first():
+        return
     kept = [row for row in range(len(paths)) if row not in failures]
     for number, (name, head) in enumerate(heads.items()):
         print_verdicts(name, head, [paths[row] for row in kept], to_scores(logits[kept, number], llr=False))
@@ -339,4 +361,4 @@ def trained_on(info: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, if_stopped="run the same command again to go on; finished subsets are kept")
+    ranks.run(main, if_stopped="run the same command again to go on; finished subsets are kept")
