@@ -37,10 +37,12 @@ import cli
 import dataset
 import eval_metrics
 import model
+import ranks
 import torch_files
 from cli import InputError
 from dataset import FAKE, REAL
 from feature_cache import JoinedFeatures, open_features, read_ahead
+from synced_batchnorm import sync_batchnorms
 
 CLASS_WEIGHTS = (10.0, 1.0)        # real, fake: Codecfake has six fakes a real clip
 STATE_FORMAT = "codecfake-state-1"
@@ -52,7 +54,7 @@ SAVE_EVERY = 600                   # seconds; what a kill in the middle of an ep
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument("-t", "--train_task", choices=("19LA", "codecfake", "co-train"), required=True, help="what to train on")
     parser.add_argument("-m", "--model", choices=tuple(model.HEADS), default="W2VAASIST", help="head (default: %(default)s)")
     parser.add_argument("--feat", choices=tuple(dataset.FEATURE_SHAPES), default="xls-r-5", help="front end of the features (default: %(default)s)")
@@ -77,7 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the head (default: %(default)s)")
     parser.add_argument("--continue_training", type=cli.switch, nargs="?", const=True, default=False, metavar="True|False",
                         help="go on with the run in --out_fold")
-    cli.add_compute_options(parser, "clips a step (default: %(default)s)", batch_size=128)
+    cli.add_compute_options(parser, "clips a step, of all processes together (default: %(default)s)", batch_size=128)
     return parser
 
 
@@ -95,14 +97,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = model.pick_device(args.gpu)
+    device = model.pick_device(ranks.gpu(args.gpu))
     model.set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
     train, dev = open_corpora(args, "train"), open_corpora(args, "dev")
     front_end = common_front_end([*train.parts, *dev.parts])
     check_origin(args, front_end, {"train": train, "dev": dev})
-    with cli.only_one(args.out_fold):
+    with ranks.only_one(args.out_fold), ranks.process_group(device):
         run = Run(args, head, device, settings_of(args, front_end, train, dev), ssl=train.about.get("ssl"))
         run.start()
         cli.say(f"{args.model} on {args.feat}: {len(train.labels)} clips to train, {len(dev.labels)} to choose on, {device} -> {args.out_fold}")
@@ -171,34 +173,46 @@ class Sharpness:
 
 
 def train_step(head: nn.Module, optimiser: torch.optim.Optimizer, features: Tensor, labels: Tensor,
-               sharpness: Sharpness | None = None, precision: str = "fp32") -> Tensor:
+               sharpness: Sharpness | None = None, precision: str = "fp32", weight: float | None = None) -> Tensor:
     """One update of the weights from features (B, frames, dim) and labels (B,).
 
+    Args:
+        weight: of the ranks' rows together, where these are one rank's share of a batch.
+
     Returns:
-        The weighted cross entropy of the batch before the update, a scalar without gradient.
+        The weighted cross entropy of the batch before the update, a scalar without gradient; of a share, what has
+        that as its mean over the ranks.
     """
     optimiser.zero_grad()
-    loss = batch_loss(head, features, labels, precision)
+    loss = batch_loss(head, features, labels, precision, weight)
     loss.backward()
     if sharpness:
         with frozen_batchnorm(head):
             steps = climb(head, sharpness)
             optimiser.zero_grad()
-            batch_loss(head, features, labels, precision).backward()
+            batch_loss(head, features, labels, precision, weight).backward()
             descend(steps)
     optimiser.step()
     return loss.detach()
 
 
-def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str) -> Tensor:
+def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str, weight: float | None = None) -> Tensor:
     with model.autocast(precision, features.device):
         logits = head(features)[1]
-    return weighted_cross_entropy(logits, labels)
+    return weighted_cross_entropy(logits, labels, weight)
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of weighted losses over the sum of weights (paper, section V)."""
-    return F.cross_entropy(logits.float(), labels, weight=torch.tensor(CLASS_WEIGHTS, device=logits.device))
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float | None = None) -> Tensor:
+    """Sum of weighted losses over the sum of weights (paper, section V).
+
+    Args:
+        weight: the sum of weights of a batch of which these rows, none perhaps, are one rank's share. The mean
+            over the ranks is then the batch's loss, as its gradient is the mean that the ranks take.
+    """
+    of_class = torch.tensor(CLASS_WEIGHTS, device=logits.device)
+    if weight is None:
+        return F.cross_entropy(logits.float(), labels, weight=of_class)
+    return F.cross_entropy(logits.float(), labels, weight=of_class, reduction="sum") * (ranks.size() / weight)
 
 
 @torch.no_grad()
@@ -264,26 +278,31 @@ class Run:
     def __post_init__(self) -> None:
         args = self.args
         self.folder = args.out_fold
+        if ranks.size() > 1:
+            sync_batchnorms(self.head)
+        # bn1 of the published residual blocks is never used.
+        self.network = ranks.parallel(self.head, has_idle_parameters=isinstance(self.head, model.W2VAASIST))
         self.optimiser = torch.optim.Adam(self.head.parameters(), lr=args.lr, betas=(args.beta_1, args.beta_2), eps=args.eps,
                                           weight_decay=5e-4)
         self.sharpness = Sharpness(args.rho, args.ASAM) if args.SAM or args.ASAM or args.CSAM else None
 
     def start(self) -> None:
         """Take up the run that the folder holds, or begin one in an empty folder."""
-        used = [name for name in os.listdir(self.folder) if name != ".lock"]
+        used = ranks.from_first(lambda: [name for name in os.listdir(self.folder) if name != ".lock"])
         if used and not self.args.continue_training:
             raise InputError(f"{self.folder}: not empty, and a finished run is never overwritten; choose another -o, or go on "
                              "with the run in it with --continue_training")
-        if (self.folder / "last_state.pt").exists():
+        if "last_state.pt" in used:
             self.load_state()
         elif self.args.continue_training:
             cli.say(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
-        (self.folder / "checkpoint").mkdir(exist_ok=True)
-        self.record_settings()
+        if ranks.is_first():
+            (self.folder / "checkpoint").mkdir(exist_ok=True)
+            self.record_settings()
 
     def record_settings(self) -> None:
         about = {"settings": self.settings, "labels": {"real": REAL, "fake": FAKE}, "class_weights": CLASS_WEIGHTS,
-                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "device": str(self.device), "versions": versions()}
+                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "device": str(self.device), "processes": ranks.size(), "versions": versions()}
         with cli.replacing(self.folder / "settings.json") as file:
             json.dump(about, file, indent=1)
 
@@ -310,29 +329,35 @@ class Run:
         self.head.train()
         began = saved = time.monotonic()
         before = self.progress.seconds
-        reader = read_ahead(train, batches[self.progress.step:], args.num_workers)
-        with tqdm(total=len(batches), initial=self.progress.step, unit="step", desc=f"epoch {epoch}", leave=False) as bar:
-            for features, labels in reader:
+        # A rank without a share of a short last batch reads a row all the same, for its shape.
+        shares = [rows[:1] if ranks.rank() >= len(rows) else ranks.share(rows) for rows in batches[self.progress.step:]]
+        own = (ranks.rank(),) if ranks.rank() else ()            # each rank drops out other units
+        with tqdm(total=len(batches), initial=self.progress.step, unit="step", desc=f"epoch {epoch}", leave=False,
+                  disable=not ranks.is_first()) as bar:
+            for features, labels in read_ahead(train, shares, args.num_workers):
                 # The dropout of a step follows from where it stands, so that a resumed run repeats it.
-                torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, self.progress.step)).generate_state(1)[0]))
+                torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, self.progress.step, *own)).generate_state(1)[0]))
                 self.step(features, labels, batches[self.progress.step], train)
                 bar.update()
                 bar.set_postfix(loss=f"{self.progress.loss / self.progress.weight:.4f}")
                 self.progress.seconds = before + time.monotonic() - began
-                if time.monotonic() - saved > SAVE_EVERY:
+                if ranks.is_first() and time.monotonic() - saved > SAVE_EVERY:
                     self.require_finite_weights()
                     self.save_state()
                     saved = time.monotonic()
 
     def step(self, features: Tensor, labels: Tensor, rows: np.ndarray, train: JoinedFeatures) -> None:
-        features, labels = features.to(self.device, non_blocking=True).float(), labels.to(self.device)
+        """One update from this rank's share of the batch of these rows."""
+        count = len(ranks.share(rows))
+        features, labels = features[:count].to(self.device, non_blocking=True).float(), labels[:count].to(self.device)
+        weight = float(torch.tensor(CLASS_WEIGHTS)[torch.from_numpy(train.labels[rows])].sum())
         with model.memory_advice(self.args.batch_size):
-            loss = float(train_step(self.head, self.optimiser, features, labels, self.sharpness, self.args.precision))
+            loss = float(ranks.mean(train_step(self.network, self.optimiser, features, labels, self.sharpness, self.args.precision,
+                                               weight if ranks.size() > 1 else None)))
         if not np.isfinite(loss):
             names = ", ".join(train.name(row) for row in rows[:5])
             raise InputError(f"epoch {self.epoch}, step {self.progress.step + 1}: the loss is {loss}; the batch's first clips: {names}. "
                              "The last good weights are kept; lower --lr, or look at those features")
-        weight = float(torch.tensor(CLASS_WEIGHTS)[labels.cpu()].sum())
         self.progress.step += 1
         self.progress.loss += loss * weight
         self.progress.weight += weight
@@ -349,12 +374,14 @@ class Run:
 
     def save_epoch(self, record: dict[str, Any]) -> None:
         """Weights first, state last: killed in between, the epoch is trained again and writes the same bytes."""
+        self.epoch, self.progress = record["epoch"] + 1, Progress()
+        if not ranks.is_first():
+            return
         info = {**self.settings, "ssl": self.ssl, "labels": ["real", "fake"], "class_weights": list(CLASS_WEIGHTS), "epoch": record["epoch"],
                 "dev_loss": record["dev_loss"], "dev_eer": record["dev_eer"], "device": str(self.device), "versions": versions()}
         model.save_head(self.folder / "checkpoint" / model.WEIGHTS.replace(".pt", f"_{record['epoch']}.pt"), self.head, info)
         if self.best() is record:
             model.save_head(self.folder / model.WEIGHTS, self.head, info)
-        self.epoch, self.progress = record["epoch"] + 1, Progress()
         self.save_state()
         self.write_log()
         with SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"]) as curves:
@@ -384,7 +411,8 @@ class Run:
         self.head.load_state_dict(state["head"])
         # Only what it remembers of each weight: its options are those of the settings, which agree.
         self.optimiser.load_state_dict({"state": state["optimiser"]["state"], "param_groups": self.optimiser.state_dict()["param_groups"]})
-        self.write_log()                   # a kill may have come between the state and the log
+        if ranks.is_first():
+            self.write_log()               # a kill may have come between the state and the log
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -427,12 +455,15 @@ def evaluate(head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, dev
     head.eval()
     rows = np.arange(len(dev.labels))
     batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
-    logits = []
-    with tqdm(read_ahead(dev, batches, args.num_workers), total=len(batches), unit="step", desc="dev", leave=False) as steps, \
+    shares = ranks.share(batches)      # whole batches: these are what one process computes
+    logits = np.zeros((len(rows), 2))
+    with tqdm(zip(read_ahead(dev, shares, args.num_workers), shares), total=len(shares), unit="step", desc="dev", leave=False,
+              disable=not ranks.is_first()) as steps, \
             model.memory_advice(args.batch_size), model.autocast(args.precision, device):
-        for features, _ in steps:
-            logits.append(head(features.to(device).float())[1].float().cpu())
-    logits, labels = torch.cat(logits).double(), torch.from_numpy(dev.labels)
+        for (features, _), share in steps:
+            logits[share] = head(features.to(device).float())[1].float().cpu()
+    logits = torch.from_numpy(sum(ranks.gather(logits)))         # each row is zero on all ranks but one
+    labels = torch.from_numpy(dev.labels)
     loss = F.cross_entropy(logits, labels, weight=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64))
     scores, real = (logits[:, REAL] - logits[:, FAKE]).numpy(), dev.labels == REAL
     eer = 100 * eval_metrics.compute_eer(scores[real], scores[~real])[0] if 0 < real.sum() < len(real) else None
@@ -444,4 +475,4 @@ def versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    cli.run(main, if_stopped="run the same command with --continue_training to go on; finished epochs are kept")
+    ranks.run(main, if_stopped="run the same command with --continue_training to go on; finished epochs are kept")
