@@ -280,8 +280,7 @@ class Run:
         self.folder = args.out_fold
         if ranks.size() > 1:
             sync_batchnorms(self.head)
-        # bn1 of the published residual blocks is never used.
-        self.network = ranks.parallel(self.head, has_idle_parameters=isinstance(self.head, model.W2VAASIST))
+        self.network = ranks.parallel(self.head)
         self.optimiser = torch.optim.Adam(self.head.parameters(), lr=args.lr, betas=(args.beta_1, args.beta_2), eps=args.eps,
                                           weight_decay=5e-4)
         self.sharpness = Sharpness(args.rho, args.ASAM) if args.SAM or args.ASAM or args.CSAM else None

@@ -188,15 +188,11 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()       # not after an error: the other ranks may be anywhere
 
 
-def parallel(network: nn.Module, has_idle_parameters: bool) -> nn.Module:
-    """The network, its gradients averaged over the ranks after each backward pass.
-
-    Args:
-        has_idle_parameters: some of them never get a gradient.
-    """
+def parallel(network: nn.Module) -> nn.Module:
+    """The network, its gradients averaged over the ranks after each backward pass."""
     if _size == 1:
         return network
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=has_idle_parameters)
+    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
 def mean(x: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ class SyncedBatchNorm(_BatchNorm):
     def like(cls, norm: _BatchNorm) -> SyncedBatchNorm:
         synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_mean.device)
         synced.load_state_dict(norm.state_dict())
+        for ours, theirs in zip(synced.parameters(), norm.parameters()):
+            ours.requires_grad_(theirs.requires_grad)
         return synced.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
