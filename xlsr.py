@@ -148,13 +148,15 @@ class _PositionalConv(nn.Module):
     def _weight_spectrum(self, length: int) -> Tensor:
         """(bins * groups, in, out) complex64; made at the first clip of a length, on its device."""
         if length not in self._spectra:
-            taps = torch.zeros(*self.weight.shape[:2], length, dtype=torch.float64)
-            taps[:, :, :self.weight.shape[2]] = self.weight
-            # Convolutions of networks are correlations: tap j meets frame t + j - padding.
-            spectrum = torch.fft.rfft(taps.roll(-self.padding, dims=2)).conj().to(torch.complex64)
-            grouped = spectrum.unflatten(0, (self.groups, -1))                              # (groups, out, in, bins)
-            self._spectra = {length: grouped.permute(3, 0, 2, 1).flatten(0, 1).contiguous().to(self.weight.device)}
+            groups = [self._group_spectrum(weight, length) for weight in self.weight.cpu().chunk(self.groups)]
+            self._spectra = {length: torch.stack(groups, dim=1).flatten(0, 1).to(self.weight.device)}
         return self._spectra[length]
+
+    def _group_spectrum(self, weight: Tensor, length: int) -> Tensor:
+        """Taps (out, in, taps) -> (bins, in, out) complex64."""
+        taps = F.pad(weight.double(), (0, length - weight.shape[2])).roll(-self.padding, dims=2)
+        # Convolutions of networks are correlations: tap j meets frame t + j - padding.
+        return torch.fft.rfft(taps).conj().permute(2, 1, 0).to(torch.complex64)
 
 
 def _smooth(length: int) -> int:
