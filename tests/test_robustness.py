@@ -15,6 +15,8 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import cli
@@ -29,7 +31,7 @@ import preprocess
 import torch_files
 from cli import InputError
 from conftest import REPO, make_codecfake, write_tone
-from dataset import Trial
+from dataset import FAKE, REAL, Trial
 from faults import HOSTILE_PROGRAMS, TWO_FLOATS, Fuse, doubled, fails_with, hostile_archives, hostile_objects, storage_program, write_program
 from feature_cache import DONE, CacheWriter, FeatureCache
 
@@ -149,6 +151,35 @@ def test_hostile_rows_of_meta_csv(tmp_path: Path, row: str, message: str | None)
         return
     with pytest.raises(InputError, match=message):
         dataset.read_protocol("ITW", tmp_path, "all")
+
+
+PROTOCOLS = {"codecfake": ("label/train.txt", "train"), "19LA": ("ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.train.trn.txt", "train"),
+             "ITW": ("meta.csv", "all")}
+plain, word = st.sampled_from(["a.wav", "b", "-", "1", "L1"]), st.sampled_from(["real", "fake", "bonafide", "bona-fide", "spoof"])
+strange = st.sampled_from(["..", "../b", "/c", "d/e", "x\x1b[m", "\u202e", "\\", ""]) | st.text(max_size=6)
+one = plain | strange
+well_formed = {"codecfake": st.tuples(one, word, one), "19LA": st.tuples(one, one, plain, one, word), "ITW": st.tuples(one, one, word)}
+
+
+@pytest.mark.parametrize("task", PROTOCOLS)
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_whatever_a_protocol_holds_paths_stay_in_the_corpus(tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject) -> None:
+    """Either every row becomes a trial that is safe to open and to print, or one line says which row is not."""
+    rows = data.draw(st.lists(well_formed[task], max_size=3) | st.lists(st.lists(one | word, max_size=6), max_size=3))
+    separator, end = data.draw(st.sampled_from([",", "\t"] if task == "ITW" else [" ", "\t"])), data.draw(st.sampled_from(["\n", "\r\n", " \n"]))
+    root = tmp_path_factory.getbasetemp() / f"protocols_{task}"
+    file, part = PROTOCOLS[task]
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_bytes("".join(separator.join(row) + end for row in rows).encode("utf-8", "surrogatepass"))
+    try:
+        trials = dataset.read_protocol(task, root, part)
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1 and str(error).startswith(str(root))
+        return
+    for trial in trials:
+        assert os.path.normpath(trial.path) == trial.path and Path(trial.path).is_relative_to(root)
+        assert trial.label in (REAL, FAKE) and (trial.name + trial.source).isprintable()
 
 
 def test_escapes_in_tags_are_refused(tmp_path: Path) -> None:
