@@ -1,6 +1,6 @@
 # make demo        three miniature corpora, the four scripts on them, an EER table (about 10 minutes on 2 cores)
 # make test        the tests
-# make bench       the benchmarks
+# make bench       the benchmarks: benchmarks/RESULTS.md and SCALE.md (about half an hour on 2 cores)
 # make torture     the long robustness tests: kills, damage, full disks, hostile files (about 10 minutes)
 # make clean-demo  removes what make demo made
 #
@@ -43,7 +43,10 @@ test: .venv/.ready
 	python -m pytest
 
 bench: .venv/.ready
-	for script in benchmarks/bench_*.py; do echo "python $$script"; python "$$script"; done
+	for script in bench bench_parity bench_scale; do echo "python benchmarks/$$script.py" >&2; python benchmarks/$$script.py; echo; done > benchmarks/RESULTS.md.part
+	mv benchmarks/RESULTS.md.part benchmarks/RESULTS.md
+	cat benchmarks/RESULTS.md
+	python benchmarks/scale.py
 
 torture: .venv/.ready
 	python tests/torture.py

@@ -1,8 +1,8 @@
 """Every stage timed against the reference's way, in one run.    python benchmarks/bench.py [--quick]
 
-Writes benchmarks/RESULTS.md: seconds of either way (median of n, the two taking turns), their ratio, and how
-far the results lie apart. Audio is made up; XLS-R has its full 300M configuration and random weights,
-since neither changes the speed. --quick uses a tiny network and few clips: it shows that all runs, no more.
+Prints Markdown: seconds of either way (median of n), their ratio, and how far the results lie apart. Audio is
+made up, and XLS-R has its full 300M configuration and random weights: neither changes the speed. --quick uses a
+tiny network and few clips: it shows that all runs, no more.
 """
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ import preprocess
 from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial
 from feature_cache import CacheWriter, FeatureCache, read_ahead
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
 # Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC of wav2vec 2.0 at 64,600 samples).
 FLOPS = {"convolutions": 20e9, "positions": 3.4e9, "block": 5.1e9}
 
@@ -78,12 +77,11 @@ def _number(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; writes nothing but what it prints")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--gpu", type=int, help="index of the GPU, -1 for the CPU")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the table goes (default: %(default)s)")
     args = parser.parse_args(argv)
     device = torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() and args.gpu != -1 else torch.device("cpu")
-    scratch = RESULTS.parents[1] / "data"              # beside real features, not on a /tmp that may be memory
+    scratch = Path(__file__).parents[1] / "data"       # beside real features, not on a /tmp that may be memory
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         setting = prepare(Path(folder), device, args.quick)
@@ -94,10 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found, remarks = stage(setting, ceilings)
             rows += found
             notes += remarks
-    text = report(rows, notes, ceilings, setting)
-    print(text)
-    if not args.quick:
-        args.out.write_text(text)
+    print(report(rows, notes, ceilings, setting))
 
 
 # ── What everything runs on ──────────────────────────────────────────────────────────────────────
@@ -131,7 +126,7 @@ def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
 
 
 def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each task; they take turns, so that a machine's moods meet them alike."""
+    """Median seconds of each task after one run to warm up; several take turns, so that a machine's moods meet them alike."""
     seconds: list[list[float]] = [[] for _ in tasks]
     for task in tasks:
         task()

@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
     root = args.path_to_database or REFERENCE / "corpus" / {"codecfake": "Codecfake", "19LA": "LA", "ITW": "ITW"}[args.task]
     folders = args.model_folder or sorted((REFERENCE / "checkpoints").glob("*"))
-    if not folders:
-        raise InputError("expected trained heads, none lie beside the project; name some with --model_folder")
+    if not folders or not root.is_dir():
+        print("## EER parity\n\nNot measured: the reference corpus and the released weights do not lie beside the project; name others with -d and --model_folder.")
+        return
     device = model.pick_device(args.gpu)
     heads = {folder.name: model.load_head(folder).to(device) for folder in folders}
     subsets = {name: present_trials(args.task, root, part) for name, part in dataset.SCORED[args.task].items()}
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_random_wav2vec2(ssl)
         front_ends = {feat: tuple(model.load_frontend(feat, str(ssl), precision).to(device) for precision in ("fp32", "bf16"))
                       for feat in {head.feat for head in heads.values()}}
-    print(f"EER (%) on {args.task}, {sum(map(len, subsets.values()))} clips; {device}, torch {torch.__version__}; "
+    print(f"## EER parity\n\nEER (%) on {args.task}, {sum(map(len, subsets.values()))} clips; {device}, torch {torch.__version__}; "
           f"interval: {bootstrap.COVERAGE:.0%}, {bootstrap.N_RESAMPLES} resamples\n")
     if not args.ssl and "xls-r-5" in front_ends:
         print("xls-r-5 comes from a small wav2vec 2.0 with RANDOM weights: the EERs themselves mean nothing.\n")

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.part:
         PARTS[args.part](args)
         return
-    print(f"{args.rows:,} rows, {args.num_workers} workers; {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
+    print(f"## Memory and start-up\n\n{args.rows:,} rows, {args.num_workers} workers; {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
     print("| run | start-up, s | of it CPU | whole run, s | peak MiB | above the imports, MiB | peak MiB of a worker |\n"
           "| :-- | --: | --: | --: | --: | --: | --: |")
     with tempfile.TemporaryDirectory() as folder:
