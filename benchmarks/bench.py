@@ -100,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
     gpu = device.type == "cuda"
-    clips = 4 if quick else 256 if gpu else 16
-    setting = Setting(folder, str(folder / "ssl"), device, 1 if quick else 5, clips, 32 if quick else 2048, 4 if quick else 32, [])
+    clips = 4 if quick else 256 if gpu else 32
+    setting = Setting(folder, str(folder / "ssl"), device, 1 if quick else 3, clips, 32 if quick else 2048, 4 if quick else 32, [])
     rng = np.random.default_rng(0)
     for n in range(clips):
         path = folder / "audio" / f"clip_{n:04d}.wav"
@@ -185,7 +185,7 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
 
 def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
     front_end = plain.load_frontend(s.ssl, s.device)
-    seconds, = in_turns(lambda: plain.extract(front_end, s.paths, s.folder / "pt", s.device), repeats=min(s.repeats, 3))
+    seconds, = in_turns(lambda: plain.extract(front_end, s.paths, s.folder / "pt", s.device), repeats=s.repeats)
     return seconds, plain.feature(front_end, s.paths[0], s.device).numpy()
 
 
@@ -247,7 +247,7 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
     threads = min(8, os.cpu_count() or 1)
     order = dataset.shuffled_batches([s.rows], 128, 0, 1)
     taken: dict[str, list[float]] = {"reference": [], "ours": [], "in sequence": []}
-    for _ in range(min(s.repeats, 3)):
+    for _ in range(s.repeats):
         for name, paths, read in (("reference", files, lambda: sum(len(x) for x, _ in plain.batches(theirs, 128, threads))),
                                   ("ours", shards, lambda: sum(len(x) for x, _ in read_ahead(cache, order, max(threads, 8)))),
                                   ("in sequence", shards, lambda: _read_through(shards))):
@@ -346,7 +346,7 @@ def _heads(s: Setting, count: int) -> dict[str, nn.Module]:
 
 def _score_plainly(s: Setting) -> tuple[float, float]:
     front_end, head = plain.load_frontend(s.ssl, s.device), plain.as_published(_heads(s, 1)["head 0"]).to(s.device)
-    seconds, = in_turns(lambda: [plain.score(front_end, head, path, s.device) for path in s.paths], repeats=min(s.repeats, 3))
+    seconds, = in_turns(lambda: [plain.score(front_end, head, path, s.device) for path in s.paths], repeats=s.repeats)
     return seconds, plain.score(front_end, head, s.paths[0], s.device)
 
 
@@ -425,7 +425,7 @@ def report(rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float]
     device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name()
     head = ["stage", "reference's way", "here", "unit", "ratio", "target", "difference to the plain way"]
     lines = ["# Measured", "", f"`python benchmarks/bench.py` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
-             f"{platform.python_version()}. Medians of {s.repeats} (slow ones of 3), {s.clips} clips of 5 s, batches of {s.batch} in training.",
+             f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s, batches of {s.batch} in training.",
              f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.", "",
              f"| {' | '.join(head)} |", "| :-- | --: | --: | :-- | --: | --: | :-- |"]
     lines += [f"| {' | '.join(row.cells())} |" for row in rows]
