@@ -47,6 +47,7 @@ def pick_device(gpu: int | None) -> torch.device:
     if gpu < 0:
         _keep_freed_memory()
         return torch.device("cpu")
+    torch.cuda.set_device(gpu)         # whose streams and events are meant where none is named
     return torch.device(f"cuda:{gpu}")
 
 

@@ -179,8 +179,6 @@ def process_group(device: torch.device) -> Iterator[None]:
     if _size == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     barrier()                          # unlike what follows, this can be interrupted
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"group {next(_numbers)}", _store),
                             rank=_rank, world_size=_size, timeout=LONGEST)

@@ -134,7 +134,7 @@ class _PositionalConv(nn.Module):
         self.groups, self.padding = conv.groups, conv.padding[0]
         self.register_buffer("weight", conv.weight.detach().clone())         # (hidden, hidden / groups, taps), its norm worked out
         self.register_buffer("bias", conv.bias.detach().clone())
-        self._spectra: dict[int, Tensor] = {}
+        self._spectra: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, hidden) float32 -> the same."""
@@ -147,10 +147,11 @@ class _PositionalConv(nn.Module):
 
     def _weight_spectrum(self, length: int) -> Tensor:
         """(bins * groups, in, out) complex64; made at the first clip of a length, on its device."""
-        if length not in self._spectra:
+        key = length, self.weight.device
+        if key not in self._spectra:
             groups = [self._group_spectrum(weight, length) for weight in self.weight.cpu().chunk(self.groups)]
-            self._spectra = {length: torch.stack(groups, dim=1).flatten(0, 1).to(self.weight.device)}
-        return self._spectra[length]
+            self._spectra = {key: torch.stack(groups, dim=1).flatten(0, 1).to(self.weight.device)}
+        return self._spectra[key]
 
     def _group_spectrum(self, weight: Tensor, length: int) -> Tensor:
         """Taps (out, in, taps) -> (bins, in, out) complex64."""
