@@ -65,6 +65,7 @@ class Features(Protocol):
     shape: tuple[int, int]             # (frames, dim)
     front_end: dict[str, Any]          # what made it; the reference's files record only the feat
     about: dict[str, Any]              # recorded beside it, not compared: where the weights came from, versions
+    dtype: str                         # one of DTYPES
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features (B, frames, dim) float16 or float32, labels (B,). Raises InputError naming a damaged row."""
@@ -431,7 +432,7 @@ class FeatureCache:
         self.folder = str(folder)
         self.meta = _read_meta(self.path)
         self.layout = _Layout(self.path, self.meta)
-        self.shape, self.front_end, self.about = self.layout.shape, self.meta["front_end"], self.meta["about"]
+        self.shape, self.dtype, self.front_end, self.about = self.layout.shape, self.layout.dtype, self.meta["front_end"], self.meta["about"]
         self.index = _read_index(self.path, self.layout.rows)
         self.states = _states(self.index)
         self.all_names, self.all_labels = self._read_trials()
@@ -514,7 +515,7 @@ class ReferenceFeatures:
     _LARGEST = 2**22       # bytes; the reference's own take 824,774
 
     def __init__(self, folder: str | Path, feat: str):
-        self.folder, self.front_end, self.about, self.shape = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat]
+        self.folder, self.front_end, self.about, self.shape, self.dtype = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat], "float32"
         self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         matches = [self._NAME.fullmatch(name) for name in self.files]
         if None in matches:

@@ -158,7 +158,7 @@ def settings_of(args: argparse.Namespace, front_end: dict[str, Any], train: Join
     shaping = ("train_task", "model", "feat", "batch_size", "lr", "lr_decay", "interval", "beta_1", "beta_2", "eps",
                "seed", "SAM", "ASAM", "CSAM", "rho", "precision")
     return {**{name: getattr(args, name) for name in shaping}, "front_end": front_end,
-            "train_rows": train.sizes, "dev_rows": dev.sizes}
+            "train_rows": train.sizes, "dev_rows": dev.sizes, "dtypes": [part.dtype for part in (*train.parts, *dev.parts)]}
 
 
 # ── One step ─────────────────────────────────────────────────────────────────────────────────────

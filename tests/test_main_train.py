@@ -1,6 +1,7 @@
 """The training loop.    python -m pytest tests/test_main_train.py"""
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -198,6 +199,18 @@ def test_a_used_folder_is_never_overwritten(features, tmp_path: Path) -> None:
     assert weights(out) == before
 
 
+def test_a_run_does_not_go_on_with_rows_stored_in_another_type(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((2, 505, 80), np.float32)
+    for dtype, part in itertools.product(("float16", "sqrt8"), ("train", "dev")):
+        writer = CacheWriter(tmp_path / dtype / part / "mel", [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")], {"feat": "mel"}, (505, 80), dtype)
+        writer.write([0, 1], values)
+        writer.close()
+    command = ["-t", "19LA", "-m", "lcnn", "--feat", "mel", "-o", str(tmp_path / "run"), "--num_epochs", "1", "--gpu", "-1", "--num_workers", "0"]
+    main_train.main([*command, "-f1", str(tmp_path / "float16")])
+    with pytest.raises(InputError, match=r"was trained with dtypes \['float16', 'float16'\], now it is \['sqrt8', 'sqrt8'\]"):
+        main_train.main([*command, "-f1", str(tmp_path / "sqrt8"), "--continue_training"])
+
+
 def test_continuing_before_the_first_state_starts_at_epoch_1(features, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     train(features, tmp_path / "new", "--num_epochs", "1", "--continue_training", task="19LA")
     assert "no state to go on from; starting at epoch 1" in capsys.readouterr().out
@@ -230,10 +243,9 @@ def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> 
         writer = CacheWriter(other / part / "mel", [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")], {"feat": "mel", "n_fft": 1024}, (505, 80))
         writer.write([0, 1], np.zeros((2, 505, 80), np.float32))
         writer.close()
-    make_features(tmp_path / "CF", 4, 3)
-    meta = CacheWriter                                   # Codecfake's cache says nothing of n_fft, so it does not contradict
-    assert meta and main_train.common_front_end([main_train.open_features(tmp_path / "CF", "dev", "mel"),
-                                                 main_train.open_features(other, "dev", "mel")])["n_fft"] == 1024
+    make_features(tmp_path / "CF", 4, 3)                 # says nothing of n_fft, so it does not contradict
+    assert main_train.common_front_end([main_train.open_features(tmp_path / "CF", "dev", "mel"),
+                                        main_train.open_features(other, "dev", "mel")])["n_fft"] == 1024
     clash = [main_train.open_features(other, part, "mel") for part in ("train", "dev")]
     clash[1].front_end = {"feat": "mel", "n_fft": 512}
     with pytest.raises(InputError, match="made with n_fft 512, .* with 1024"):
