@@ -1,4 +1,4 @@
-# make demo        three miniature corpora, the four scripts on them, an EER table (about 10 minutes on 2 cores)
+# make demo        three miniature corpora, the four scripts on them, an EER table (six minutes on 2 cores)
 # make test        the tests
 # make bench       the benchmarks: benchmarks/RESULTS.md and SCALE.md (about half an hour on 2 cores)
 # make torture     the long robustness tests: kills, damage, full disks, hostile files (about 10 minutes)
