@@ -146,7 +146,7 @@ def decode(rows: np.ndarray) -> Tensor:
 def _finite(rows: np.ndarray) -> np.ndarray:
     """(B,) whether all values of each row are; a frame's peak shows it for the frame."""
     values = rows if rows.dtype.names is None else rows["scale"]
-    return np.isfinite(values).reshape(len(values), -1).all(axis=1)
+    return np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
 
 
 # ── Both ends share what a cache consists of ─────────────────────────────────────────────────────

@@ -317,6 +317,14 @@ def test_damage_to_eight_bit_rows_is_found_and_mended(tmp_path: Path, offset: in
     assert FeatureCache(tmp_path).damaged_rows() == [] and shard.read_bytes() == whole
 
 
+@pytest.mark.parametrize("dtype", feature_cache.DTYPES)
+def test_a_batch_whose_files_all_failed_writes_nothing(tmp_path: Path, dtype: str) -> None:
+    cache = writer(tmp_path, dtype=dtype)
+    cache.write([], np.empty((0, *SHAPE), np.float32))
+    cache.close()
+    assert (FeatureCache(tmp_path).states == NOT_YET).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "sqrt8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
