@@ -147,7 +147,8 @@ class Scorer:
         rates: dict[int, int] = {}
         waiting: dict[bytes, Tensor] = {}
         # By name, not by position: so a clip of several subsets is always the same rank's, which knows its logits.
-        own = [row for row, path in enumerate(paths) if zlib.crc32(os.fsencode(os.path.basename(path))) % ranks.size() == ranks.rank()]
+        own = range(len(paths)) if ranks.size() == 1 else \
+            [row for row, path in enumerate(paths) if zlib.crc32(os.fsencode(os.path.basename(path))) % ranks.size() == ranks.rank()]
         batches = [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
         finished = ranks.Tally()
         with tqdm(total=len(paths), unit="clip", desc=label, disable=not ranks.is_first()) as bar:
@@ -165,17 +166,19 @@ class Scorer:
             self._compute(waiting, known)
             ranks.barrier(lambda: bar.update(finished.add() - bar.n))
             bar.update(finished.add() - bar.n)
-        return self._join(len(paths), {row: known[digest] for row, digest in enumerate(digests) if digest is not None}, failures, rates)
+        logits = np.full((len(paths), len(self.heads), 2), np.nan)
+        for row, digest in enumerate(digests):
+            if digest is not None:
+                logits[row] = known[digest]
+        return self._join(logits, failures, rates)
 
-    def _join(self, n: int, own: dict[int, np.ndarray], failures: dict[int, str], rates: dict[int, int]) \
-            -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
-        """What score_files() returns, from what each rank found."""
-        logits = np.full((n, len(self.heads), 2), np.nan)
+    def _join(self, own: np.ndarray, failures: dict[int, str], rates: dict[int, int]) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+        """What score_files() returns, from what each rank found; logits are NaN where the file was another's."""
+        logits = own.copy()
         all_failures: dict[int, str] = {}
         all_rates: Counter = Counter()
-        for rows, values, failed, rated in ranks.gather((list(own), np.array(list(own.values())), failures, rates)):
-            if rows:
-                logits[rows] = values
+        for values, failed, rated in ranks.gather((own, failures, rates)):
+            np.copyto(logits, values, where=~np.isnan(values))
             all_failures |= failed
             all_rates += Counter(rated)
         return logits, dict(sorted(all_failures.items())), dict(all_rates)
