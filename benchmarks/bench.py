@@ -221,7 +221,7 @@ def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, rows = file.stat().st_size, []
     for dtype, target in (("float16", "2.0"), ("sqrt8", "3.85")):
         cache = _make_cache(s, 4, dtype)
-        rows.append(Row(f"bytes a clip, {dtype}", target, theirs, cache.layout.row_bytes, "bytes", "see EER parity"))
+        rows.append(Row(f"bytes a clip, {dtype}", target, theirs, cache.layout.row_bytes, "bytes", "EER parity, below"))
     return rows, []
 
 
