@@ -124,8 +124,8 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
-        full = model.filled_up(clips, self.batch_size, self.device)
         with model.memory_advice(self.batch_size):
+            full = model.filled_up(clips, self.batch_size, self.device)
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
             with model.autocast(self.precision, self.device):
                 found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
@@ -224,6 +224,8 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
 
 def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path]) -> None:
     scorer = Scorer(args, heads)
+    cli.say(f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
+            f"{scorer.device} -> {args.result_folder}")
     known: dict[bytes, np.ndarray] = {}
     for subset in subsets:
         logits, failures, rates = scorer.score_files([t.path for t in subset.trials], args.num_workers, known, subset.name)

@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,12 @@ def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str
     return weighted_cross_entropy(logits, labels, weight)
 
 
+@lru_cache
+def class_weights(device: torch.device) -> Tensor:
+    """Copied once: each copy to a GPU would wait for all that it has to compute before."""
+    return torch.tensor(CLASS_WEIGHTS, device=device)
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float | None = None) -> Tensor:
     """Sum of weighted losses over the sum of weights (paper, section V).
 
@@ -209,7 +216,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float | None 
         weight: the sum of weights of a batch of which these rows, none perhaps, are one rank's share. The mean
             over the ranks is then the batch's loss, as its gradient is the mean that the ranks take.
     """
-    of_class = torch.tensor(CLASS_WEIGHTS, device=logits.device)
+    of_class = class_weights(logits.device)
     if weight is None:
         return F.cross_entropy(logits.float(), labels, weight=of_class)
     return F.cross_entropy(logits.float(), labels, weight=of_class, reduction="sum") * (ranks.size() / weight)
@@ -333,7 +340,7 @@ class Run:
         own = (ranks.rank(),) if ranks.rank() else ()            # each rank drops out other units
         with tqdm(total=len(batches), initial=self.progress.step, unit="step", desc=f"epoch {epoch}", leave=False,
                   disable=not ranks.is_first()) as bar:
-            for features, labels in read_ahead(train, shares, args.num_workers):
+            for features, labels in read_ahead(train, shares, args.num_workers, pin=self.device.type == "cuda"):
                 # The dropout of a step follows from where it stands, so that a resumed run repeats it.
                 torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, self.progress.step, *own)).generate_state(1)[0]))
                 self.step(features, labels, batches[self.progress.step], train)
@@ -348,9 +355,9 @@ class Run:
     def step(self, features: Tensor, labels: Tensor, rows: np.ndarray, train: JoinedFeatures) -> None:
         """One update from this rank's share of the batch of these rows."""
         count = len(ranks.share(rows))
-        features, labels = features[:count].to(self.device, non_blocking=True).float(), labels[:count].to(self.device)
         weight = float(torch.tensor(CLASS_WEIGHTS)[torch.from_numpy(train.labels[rows])].sum())
         with model.memory_advice(self.args.batch_size):
+            features, labels = features[:count].to(self.device, non_blocking=True).float(), labels[:count].to(self.device)
             loss = float(ranks.mean(train_step(self.network, self.optimiser, features, labels, self.sharpness, self.args.precision,
                                                weight if ranks.size() > 1 else None)))
         if not np.isfinite(loss):

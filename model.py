@@ -32,6 +32,8 @@ DEFAULT_SSL = "facebook/wav2vec2-xls-r-300m"
 LAYER = 5                  # hidden state that the heads see; entry 0 is what enters the first block
 PRECISIONS = ("fp32", "tf32", "bf16")
 WEIGHTS = "anti-spoofing_feat_model.pt"
+# As torch's two allocators say it, CUDA itself, and its libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
+NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
 # ── Devices and precision ────────────────────────────────────────────────────────────────────────
@@ -47,8 +49,18 @@ def pick_device(gpu: int | None) -> torch.device:
     if gpu < 0:
         _keep_freed_memory()
         return torch.device("cpu")
-    torch.cuda.set_device(gpu)         # whose streams and events are meant where none is named
+    try:
+        _start(gpu)
+    except RuntimeError as error:      # too old for this torch, full, or another program's alone
+        raise InputError(f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({str(error).strip().splitlines()[0]}); choose "
+                         "another, or the CPU with --gpu -1") from error
     return torch.device(f"cuda:{gpu}")
+
+
+def _start(gpu: int) -> None:
+    """Make the GPU the one whose streams and events are meant where none is named, and have it compute something."""
+    torch.cuda.set_device(gpu)
+    torch.ones(1, device="cuda").add_(1).item()
 
 
 def _keep_freed_memory() -> None:
@@ -66,12 +78,15 @@ def set_precision(precision: str, device: torch.device) -> None:
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = precision == "tf32"
     if precision == "bf16" and not has_bf16(device):
-        cli.say("note: this CPU has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
+        what = "GPU" if device.type == "cuda" else "CPU"
+        cli.say(f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products are worth asking for."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether bfloat16 products are worth asking for; on a GPU, the current one."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -83,7 +98,7 @@ def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
     """Clips (B, samples) on the device, followed by silence up to (size, samples).
 
     One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on
-    how often the run was interrupted. The copy to a GPU runs beside what it computes.
+    how often the run was interrupted. Nobody waits for the copy to a GPU.
     """
     full = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
     full[:len(clips)] = clips
@@ -96,7 +111,7 @@ def memory_advice(batch_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in NO_MEMORY):
             raise
         raise InputError(f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
                          "the weights), or free memory on that device") from error
@@ -185,7 +200,7 @@ def load_frontend(feat: str, ssl: str | None = None, precision: str = "fp32") ->
     Args:
         feat: "mel" -> (B, 505, 80), or "xls-r-5" -> (B, 201, 1024).
         ssl: hub id or local folder of the wav2vec 2.0 weights; None: facebook/wav2vec2-xls-r-300m.
-        precision: "bf16" multiplies matrices in bfloat16; mel is always float32.
+        precision: "bf16" multiplies matrices in bfloat16, those of xls-r-5 alone. For TF32 see set_precision().
 
     Raises:
         InputError: an unknown feat, or weights that are absent, incomplete or of another kind.

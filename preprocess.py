@@ -146,7 +146,7 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
     allowed = int(len(trials) * args.max_failed / 100) + len(absent)
     rates: Counter = Counter()
     n_finished, n_failed = ranks.Tally(), ranks.Tally()
-    cli.say(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done -> {writer.folder}")
+    cli.say(f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done, {device} -> {writer.folder}")
     with tqdm(total=len(todo), unit="clip", disable=not len(todo) or not ranks.is_first(), desc=part) as bar, ThreadPoolExecutor(1) as disk:
         writing: Future | None = None
         for batch in dataset.clip_batches([trial.path for trial in trials], [b for b in ranks.share(batches) if b], args.num_workers):
@@ -182,7 +182,7 @@ def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, device: t
         if device.type != "cuda":
             return features.numpy
         landed = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
-        copied = torch.cuda.Event()
+        copied = torch.cuda.Event(blocking=True)       # a waiting thread leaves its core to the decoding processes
         copied.record()
 
     def wait() -> np.ndarray:

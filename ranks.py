@@ -73,11 +73,11 @@ def _is_first_to_end() -> bool:
         return True
 
 
-def _wait(ready: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None) -> None:
+def _wait(ready: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None, pause: float = POLL) -> None:
     while not ready():
         cli.stop_if_asked()
         meanwhile()
-        time.sleep(POLL)
+        time.sleep(pause)
 
 
 # ── Who does what ────────────────────────────────────────────────────────────────────────────────
@@ -108,7 +108,11 @@ def gpu(asked: int | None) -> int | None:
     if asked is not None:
         raise InputError(f"--gpu {asked}: names one GPU, but of {_size} processes each takes its own; leave it out, and choose GPUs "
                          "with CUDA_VISIBLE_DEVICES")
-    return int(os.environ["LOCAL_RANK"])
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= count:
+        raise InputError(f"process {local + 1} of this machine finds no GPU left, torch sees {count}; start as many with "
+                         "--nproc_per_node, or give --gpu -1 to compute on the CPU")
+    return local
 
 
 # ── What all have to know ────────────────────────────────────────────────────────────────────────
@@ -199,4 +203,8 @@ def mean(x: Tensor) -> Tensor:
         return x
     x = x.clone()
     dist.all_reduce(x)
+    if x.is_cuda:                      # who waited for the value itself could not be interrupted, and a rank may be gone
+        reduced = torch.cuda.Event()
+        reduced.record()
+        _wait(reduced.query, pause=1e-3)
     return x / _size

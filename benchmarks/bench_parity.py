@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("## EER parity\n\nNot measured: the reference corpus and the released weights do not lie beside the project; name others with -d and --model_folder.")
         return
     device = model.pick_device(args.gpu)
+    model.set_precision("fp32", device)
     heads = {folder.name: model.load_head(folder).to(device) for folder in folders}
     subsets = {name: present_trials(args.task, root, part) for name, part in dataset.SCORED[args.task].items()}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Protocols, clips and the order of training.    python -m pytest tests/test_dataset.py"""
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_a_binary_protocol_is_named(tmp_path: Path) -> None:
     (tmp_path / "label/train.txt").write_bytes(b"a.wav real 0\n\xff\xfe\n")
     with pytest.raises(InputError, match="not a text file"):
         read_protocol("codecfake", tmp_path, "train")
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_reading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, collecting: bool) -> None:
+    root = make_codecfake(tmp_path, n_real=1)
+    (root / "label" / "dev.txt").write_text("a.wav genuine 0\n")
+    was = gc.isenabled()
+    try:
+        (gc.enable if collecting else gc.disable)()
+        read_protocol("codecfake", root, "train")
+        assert gc.isenabled() == collecting
+        with pytest.raises(InputError):
+            read_protocol("codecfake", root, "dev")
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was else gc.disable)()
 
 
 @pytest.mark.parametrize("task", ["codecfake", "19LA", "ITW"])

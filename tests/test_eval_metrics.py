@@ -213,6 +213,16 @@ def test_log_odds_keep_the_order_and_stay_finite(probabilities):
     assert np.all(np.diff(llrs[np.argsort(probabilities)]) >= 0)
 
 
+def test_errors_at_a_threshold_by_hand():
+    """Accepted is what lies above the threshold, not on it."""
+    assert eval_metrics.errors_at(0.5, [0.5, 0.6, 0.4], [0.5, 0.6, 0.7, 0.1]) == (2, 2)
+
+
+@pytest.mark.parametrize("scores, expected", [([0.0, 1.0], True), ([0.5, 1.5], False), ([-0.1, 0.5], False), ([], False)])
+def test_scores_outside_0_and_1_are_no_probabilities(scores, expected):
+    assert eval_metrics.are_probabilities(np.array(scores)) is expected
+
+
 def test_rule_of_three_bounds_what_no_error_in_n_allows():
     for n in (100, 13228):
         assert (1 - eval_metrics.rule_of_three(n)) ** n == pytest.approx(0.05, rel=0.1)

@@ -215,6 +215,14 @@ def test_reading_ahead_equals_reading(folder: Path, threads: int) -> None:
     assert all(torch.equal(a, cache.read(rows)[0]) and torch.equal(b, cache.read(rows)[1]) for (a, b), rows in zip(found, batches))
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_features_are_pinned_for_a_gpu(folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)         # there is no GPU to pin for
+    cache, rows = FeatureCache(folder), np.array([3, 1])
+    (plain, _), (pinned, _) = *read_ahead(cache, [rows], threads), *read_ahead(cache, [rows], threads, pin=True)
+    assert torch.equal(pinned, plain + 1)
+
+
 def test_joined_parts_number_their_rows_on(folder: Path, values: np.ndarray) -> None:
     both = JoinedFeatures([FeatureCache(folder), FeatureCache(folder)])
     assert both.sizes == [10, 10] and both.name(13) == "LA_T_3"

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import types
 import zipfile
@@ -11,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -24,9 +26,7 @@ PARITY = 1e-4              # absolute; two float32 implementations of the same n
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
+    return safetensors.torch.load_file(path)
 
 
 def assert_parity(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -178,6 +178,21 @@ def test_weights_that_are_no_wav2vec2_are_refused(tmp_path: Path, ssl_narrow: Pa
         model.load_frontend("xls-r-5", str(tmp_path))
 
 
+def test_weights_with_holes_are_refused(tmp_path: Path, ssl_narrow: Path) -> None:
+    """The library would fill them with random numbers and go on."""
+    tensors = safetensors.torch.load_file(ssl_narrow / "model.safetensors")
+    del tensors["encoder.layers.3.attention.k_proj.weight"], tensors["encoder.layers.5.attention.k_proj.weight"]
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    shutil.copy(ssl_narrow / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"1 tensors are missing \(first: encoder.layers.3.attention.k_proj.weight"):
+        model.load_frontend("xls-r-5", str(tmp_path))
+
+
+def test_an_unknown_front_end_is_refused() -> None:
+    with pytest.raises(InputError, match="--feat mfcc: expected"):
+        model.load_frontend("mfcc")
+
+
 def test_fingerprint_tells_weights_apart(ssl_narrow: Path, ssl_1024: Path) -> None:
     fingerprints = [model.load_frontend("xls-r-5", str(ssl)).fingerprint() for ssl in (ssl_narrow, ssl_narrow, ssl_1024)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
@@ -296,3 +311,50 @@ def test_no_gpu_is_a_clear_line() -> None:
     with pytest.raises(InputError, match="--gpu 99"):
         model.pick_device(99)
     assert model.pick_device(-1).type == "cpu"
+
+
+def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(model, "_start", started.append)
+    assert [str(model.pick_device(gpu)) for gpu in (None, 1, -1)] == ["cuda:0", "cuda:1", "cpu"]
+    assert started == [0, 1]
+    with pytest.raises(InputError, match="--gpu 2: expected one of the 2 GPUs"):
+        model.pick_device(2)
+
+
+@pytest.mark.parametrize("why", ["CUDA error: no kernel image is available for execution on the device", "CUDA error: out of memory"])
+def test_a_gpu_that_cannot_compute_is_a_clear_line(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(gpu: int) -> None:
+        raise RuntimeError(f"{why}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(model, "_start", refuse)
+    with pytest.raises(InputError, match=f"--gpu 0: .*{why}.*--gpu -1") as caught:
+        model.pick_device(None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("why", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory",
+                                 "cuFFT error: CUFFT_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+                                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
+def test_any_lack_of_memory_says_what_to_lower(why: str) -> None:
+    with pytest.raises(InputError, match="--batch_size 64; lower it"), model.memory_advice(64):
+        raise RuntimeError(why)
+
+
+def test_float32_is_float32_unless_tf32_is_asked_for() -> None:
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    for precision, allowed in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
+        model.set_precision(precision, torch.device("cpu"))
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bfloat16_without_the_arithmetic_is_said(has_bf16: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+    model.set_precision("bf16", torch.device("cuda:0"))
+    said = capsys.readouterr().out
+    assert ("GPU has no bfloat16" in said) is not has_bf16

@@ -18,6 +18,8 @@ import generate_score
 import main_train
 import model
 import preprocess
+import ranks
+from cli import InputError
 from conftest import REPO, make_codecfake
 from dataset import FEATURE_SHAPES, Trial
 from feature_cache import CacheWriter
@@ -215,6 +217,20 @@ def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path) -> Non
 
 
 # ── Mistakes ──
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [ranks.gpu(asked) for asked in (None, 1, -1)] == [None, 1, -1]          # one process: as asked
+    monkeypatch.setattr(ranks, "_size", 3)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert [ranks.gpu(asked) for asked in (None, -1)] == [1, -1]
+    with pytest.raises(InputError, match="--gpu 0: names one GPU, but of 3 processes"):
+        ranks.gpu(0)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="process 3 of this machine finds no GPU left, torch sees 2; .*--nproc_per_node"):
+        ranks.gpu(None)
 
 
 @pytest.mark.parametrize("command, message", [
