@@ -91,7 +91,8 @@ def _codecfake(root: Path, part: str) -> list[Trial]:
     folders = [root / above / name for above in ("test", "") for name in names]
     if part in ("train", "dev"):
         folders = [root / part]
-    folder = str(next((f for f in folders if f.is_dir()), folders[0]))       # formatting a Path a million times takes a second
+    folders = [f for f in folders if f.is_dir()] or folders
+    folder = str(next((f for f in folders if f.is_dir() and any(os.scandir(f))), folders[0]))        # formatting a Path a million times takes a second
 
     trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
     for row, fields in _rows(protocol):
@@ -235,7 +236,7 @@ def load_clip(path: str | Path) -> Tensor:
     64,600 samples, a shorter recording repeated end to end and cut.
 
     Raises:
-        InputError: not a regular file, not audio, no samples, or samples that are not finite.
+        InputError: not a regular file, not audio, no samples, or samples, of those that are used, that are not finite.
     """
     return _load_clip(path)[0]
 
@@ -245,6 +246,9 @@ def _load_clip(path: str | Path) -> tuple[Tensor, int]:
     samples, rate = _read_start(path)
     if rate != SAMPLE_RATE:
         samples = resample(samples, rate)
+    if not torch.isfinite(samples).all():
+        raise InputError(f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute with); repair the file or "
+                         "take it out")
     copies = -(-CLIP_SAMPLES // len(samples))
     return samples.repeat(copies)[:CLIP_SAMPLES].contiguous(), rate
 
@@ -261,7 +265,8 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
             step = max(1, 2**20 // file.channels)     # bounds memory, whatever channel count a header claims
             blocks = []
             while wanted > 0 and len(block := file.read(min(step, wanted), dtype="float32", always_2d=True)):
-                blocks.append(block.mean(axis=1))
+                with np.errstate(over="ignore", invalid="ignore"):       # what comes of it is refused by name
+                    blocks.append(block.mean(axis=1))
                 wanted -= len(block)
             rate = file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
@@ -271,10 +276,7 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
         raise InputError(f"{path}: {error.strerror}") from None
     if not blocks:
         raise InputError(f"{path}: expected audio, found no samples in it; fetch the file again or take it out")
-    samples = np.concatenate(blocks)
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path}: holds samples that are not finite (NaN or infinity); repair the file or take it out")
-    return torch.from_numpy(samples), rate
+    return torch.from_numpy(np.concatenate(blocks)), rate
 
 
 # librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its documentation gives them).

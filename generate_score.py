@@ -208,21 +208,22 @@ class Subset:
 
 
 def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) -> None:
-    result = args.result_folder or Path("result")
+    result = args.result_folder = args.result_folder or Path("result")
     folders = [result / name if len(heads) > 1 else result for name in heads]
     subsets = open_subsets(args)
+    for folder, head in zip(folders, heads.values()):
+        require_same_scores(folder, scores_of(head, args), [f"{subset.name}_result.txt" for subset in subsets], args.overwrite)
     done = ranks.from_first(lambda: {subset.name for subset in subsets if not args.overwrite and finished(subset.name, folders)})
     subsets = [subset for subset in subsets if subset.name not in done]
     if not subsets:
         cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
     with ranks.only_one(result):
-        for folder in folders:
-            eval_metrics.read_checksums(folder)        # damaged, it would be found only after hours
         score_subsets(args, heads, subsets, folders)
 
 
 def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path]) -> None:
+    scores = [scores_of(head, args) for head in heads.values()]
     scorer = Scorer(args, heads)
     cli.say(f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
             f"{scorer.device} -> {args.result_folder}")
@@ -236,7 +237,7 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
             cli.say(note)
         if ranks.is_first():
             for number, (folder, head) in enumerate(zip(folders, heads.values())):
-                write_subset(args, folder, subset, logits[:, number], failures, head)
+                write_subset(args, folder, subset, logits[:, number], failures, head, scores[number])
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
@@ -268,12 +269,35 @@ def explain_missing(args: argparse.Namespace, name: str, trials: list[Trial], pr
     cli.say(f"note: {line}; going on without them")
 
 
+def scores_of(head: torch.nn.Module, args: argparse.Namespace) -> str:
+    """What a score file of this run holds, in words that differ where it would."""
+    return f"{'logit differences' if args.llr else 'probabilities'} of the weights {model.digest(head)[:16]}"
+
+
+def require_same_scores(folder: Path, scores: str, wanted: Sequence[str], overwrite: bool) -> None:
+    """Refuse to take another model's score files for these, and say so where they lie beside them."""
+    eval_metrics.read_checksums(folder)                # damaged, it would be found only after hours
+    others = {file: held for file, held in made_of(folder).items() if held != scores and (folder / file).exists()}
+    for file, held in others.items():
+        if file in wanted and not overwrite:
+            raise InputError(f"{folder / file}: holds {held}, asked for are {scores}; give another --result_folder, or --overwrite")
+    if left := [file for file in others if file not in wanted]:
+        cli.say(f"note: {folder}: {', '.join(left)} there hold {others[left[0]]}, not {scores} as what is written now")
+
+
+def made_of(folder: Path) -> dict[str, str]:
+    """What each score file in the folder holds, as far as generate_score.py recorded it."""
+    path = folder / eval_metrics.PROVENANCE
+    found = json.loads(path.read_bytes()).get("made_of") if path.is_file() else None
+    return {file: str(held) for file, held in found.items()} if isinstance(found, dict) else {}
+
+
 def finished(subset: str, folders: Sequence[Path]) -> bool:
     return all((folder / f"{subset}_result.txt").exists() for folder in folders)
 
 
 def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits: np.ndarray, failures: dict[int, str],
-                 head: torch.nn.Module) -> None:
+                 head: torch.nn.Module, scores: str) -> None:
     """The score file, the list of rows it lacks if it lacks any, and where it comes from."""
     folder.mkdir(parents=True, exist_ok=True)
     words = dataset.LABEL_WORDS[args.task]
@@ -289,19 +313,20 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
     text = eval_metrics.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
                                       [words[subset.trials[row].label] for row in kept])
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
-    write_provenance(folder, args, head, path.name, hashlib.sha256(text.encode()).hexdigest())
+    write_provenance(folder, args, head, scores, path.name, hashlib.sha256(text.encode()).hexdigest())
     with cli.replacing(path) as file:
         file.write(text)
     count = len(subset.absent) + len(failures)
     cli.say(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
 
 
-def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module, score_file: str, sha256: str) -> None:
+def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module, scores: str, score_file: str, sha256: str) -> None:
     """What made the scores, and their checksums, which evaluate_score.py holds them against."""
     checksums = eval_metrics.read_checksums(folder) | {score_file: sha256}
     about = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "head": head.name, "feat": head.feat,
              "scores": "logit difference" if args.llr else "softmax(logits)[real]", "precision": args.precision,
-             "torch": str(torch.__version__), "model": head.info, "sha256": checksums}
+             "torch": str(torch.__version__), "model": head.info,
+             "sha256": checksums, "made_of": made_of(folder) | {score_file: scores}}
     with cli.replacing(folder / eval_metrics.PROVENANCE) as file:
         json.dump(about, file, indent=1)
 

@@ -161,7 +161,7 @@ class XLSR(FrontEnd):
         self.ssl, self.precision = ssl, precision
         library = _load_wav2vec2(ssl)
         self.dim = library.config.hidden_size
-        self.weights_sha256 = _digest(library)
+        self.weights_sha256 = digest(library)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.encoder = TimeMajorEncoder(library, dtype) if _is_of_xlsrs_kind(library.config) else _Library(library, precision)
         self.requires_grad_(False).eval()
@@ -239,7 +239,8 @@ def _load_wav2vec2(ssl: str) -> nn.Module:
     return encoder
 
 
-def _digest(module: nn.Module) -> str:
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's names, shapes and values; the module lies on the CPU."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
@@ -308,7 +309,7 @@ class LCNN(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, frames, dim) -> embedding (B, 256), logits (B, 2) in the order REAL, FAKE."""
-        _check_features(features, FEATURE_SHAPES[self.feat], "LCNN")
+        features = _checked(features, FEATURE_SHAPES[self.feat], self)
         # The published LCNN sees mel as time x mel but XLS-R as dim x time.
         x = (features if self.feat == "mel" else features.transpose(1, 2)).unsqueeze(1)
         for stage in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5,
@@ -446,7 +447,7 @@ class W2VAASIST(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 201, 1024) -> embedding (B, 160), logits (B, 2) in the order REAL, FAKE."""
-        _check_features(features, FEATURE_SHAPES[self.feat], "W2VAASIST")
+        features = _checked(features, FEATURE_SHAPES[self.feat], self)
         spectral, temporal = self._nodes(features)
         spectral = self.pool_S(self.GAT_layer_S(spectral))                 # (B, 21, 64)
         temporal = self.pool_T(self.GAT_layer_T(temporal))                 # (B, 33, 64)
@@ -493,11 +494,13 @@ def _norm_nodes(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
     return norm(x.flatten(0, 1)).view_as(x)
 
 
-def _check_features(features: Tensor, expected: tuple[int, int], head: str) -> None:
+def _checked(features: Tensor, expected: tuple[int, int], head: nn.Module) -> Tensor:
+    """The features in the type of the head's weights, once their shape is sure to fit; caches hand on float16."""
     if features.dim() != 3 or tuple(features.shape[1:]) != expected:
         fitting = [feat for feat, shape in FEATURE_SHAPES.items() if shape == tuple(features.shape[1:])]
-        raise InputError(f"this {head} takes features (B, {expected[0]}, {expected[1]}), got {tuple(features.shape)}"
+        raise InputError(f"this {type(head).__name__} takes features (B, {expected[0]}, {expected[1]}), got {tuple(features.shape)}"
                          + (f", which are those of --feat {fitting[0]}" if fitting else ""))
+    return features.to(next(head.parameters()).dtype)
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────

@@ -131,12 +131,15 @@ def _markdown(table: Table) -> str:
 
 
 def _csv(table: Table) -> str:
+    """Bare figures; where any is marked, a last column names those of its row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    for row in table.rows:
+    marked = [" ".join(column for column, cell in zip(table.columns, row) if cell.endswith(MARK)) for row in table.rows]
+    writer.writerow([*table.columns, *(["inverted"] if any(marked) else [])])
+    for row, inverted in zip(table.rows, marked):
         names, figures = row[:table.n_names], row[table.n_names:]
-        writer.writerow([*map(printable, names), *("" if cell == ABSENT else cell.rstrip(MARK) for cell in figures)])
+        writer.writerow([*map(printable, names), *("" if cell == ABSENT else cell.rstrip(MARK) for cell in figures),
+                         *([inverted] if any(marked) else [])])
     return text.getvalue()
 
 

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         setting = prepare(Path(folder), device, args.quick)
         ceilings = measure_ceilings(device)
         rows, notes = [], []
-        for stage in (extraction, size_on_disk, cold_reads, training, scoring, several_models, shared_clips, evaluation):
+        for stage in (extraction, size_on_disk, cold_reads, training, training_from_cache, scoring, several_models, shared_clips, evaluation):
             print(f"{stage.__name__} ...", file=sys.stderr, flush=True)
             found, remarks = stage(setting, ceilings)
             rows += found
@@ -215,14 +215,16 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
 
     clips = torch.stack([dataset.load_clip(path) for path in s.paths])
     size = 32 if device.type == "cuda" else 8
+    computed = front_end(model.filled_up(clips[:size], size, device))
     features = np.concatenate([preprocess.compute(front_end, part, size, device)() for part in clips.split(size)])
     writer = preprocess.open_cache(args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end)
-    decode, compute, write = in_turns(
+    decode, copy, compute, write = in_turns(
         lambda: [dataset.load_clip(path) for path in s.paths],
+        lambda: [(model.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)],
         lambda: [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)],
         lambda: (writer.write(range(len(trials)), features), writer.flush()), repeats=s.repeats)
     writer.close()
-    return seconds, features[:1], {"decoding": decode, "computing": compute, "writing": write}
+    return seconds, features[:1], {"decoding": decode, "copying": copy, "computing, copies and all,": compute, "writing": write}
 
 
 def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
@@ -330,6 +332,31 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
             del module.forward
     seconds, = in_turns(step, repeats=s.repeats)
     return seconds, losses
+
+
+def training_from_cache(s: Setting, ceilings: dict[str, float]) -> Found:
+    """W2V2-AASIST over rows of a cache as main_train.py reads them: how much of the time is spent waiting for features."""
+    seconds, waited, clips = in_its_own_process(_train_from_cache, s)
+    return [], [f"training W2V2-AASIST from a cache, float32: {clips / seconds:.0f} clips/s; waiting for features takes {100 * waited / seconds:.1f} % of it."]
+
+
+def _train_from_cache(s: Setting) -> tuple[float, float, int]:
+    device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+    head = model.build_head("W2VAASIST", "xls-r-5").to(device)
+    optimiser = torch.optim.Adam(head.parameters())
+    cache = _make_cache(s, s.rows if device.type == "cuda" else 8 * s.batch)
+    order = dataset.shuffled_batches([len(cache.labels)], s.batch, 0, 1)
+    began, waited = time.perf_counter(), 0.0
+    batches = read_ahead(cache, order, main_train.parse(["-t", "codecfake"]).num_workers, pin=device.type == "cuda")
+    while True:
+        asked = time.perf_counter()
+        features, labels = next(batches, (None, None))
+        waited += time.perf_counter() - asked
+        if features is None:
+            break
+        features = features.to(device, non_blocking=True).float()
+        float(main_train.train_step(head, optimiser, features, labels.to(device)))
+    return time.perf_counter() - began, waited, len(cache.labels)
 
 
 def scoring(s: Setting, ceilings: dict[str, float]) -> Found:

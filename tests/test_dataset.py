@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -137,6 +138,24 @@ def test_a_long_clip_is_cut_and_a_short_one_repeated(tmp_path: Path) -> None:
         soundfile.write(tmp_path / f"{name}.wav", wave, 16_000, subtype="FLOAT")
     np.testing.assert_array_equal(load_clip(tmp_path / "long.wav"), long[:CLIP_SAMPLES].astype(np.float32))
     np.testing.assert_array_equal(load_clip(tmp_path / "short.wav"), np.resize(short, CLIP_SAMPLES).astype(np.float32))
+
+
+def test_finite_samples_too_large_to_compute_with_are_refused(tmp_path: Path) -> None:
+    samples = np.full((1000, 2), 3e38, np.float32)
+    soundfile.write(tmp_path / "stereo.wav", samples, 16_000, subtype="FLOAT")
+    samples[::2] *= -1
+    soundfile.write(tmp_path / "slow.wav", samples[:, 0], 8_000, subtype="FLOAT")
+    for name in ("stereo.wav", "slow.wav"):
+        with warnings.catch_warnings(), pytest.raises(InputError, match=f"{name}: holds samples that are not finite"):
+            warnings.simplefilter("error")
+            load_clip(tmp_path / name)
+
+
+def test_an_empty_folder_does_not_hide_a_full_one(tmp_path: Path) -> None:
+    root = make_codecfake(tmp_path, n_real=1)
+    (root / "test" / "A1").rename(root / "test" / "L1")
+    (root / "test" / "A1").mkdir()
+    assert dataset.find_missing(read_protocol("codecfake", root, "A1")) == []
 
 
 def test_a_single_sample_is_a_clip(tmp_path: Path) -> None:

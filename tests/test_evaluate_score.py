@@ -149,6 +149,14 @@ def test_averages_are_means_and_need_all_their_parts(tmp_path, capsys):
     assert row["C4"] == row["CAVG"] == row["AVG"] == "" and row["C5"]
 
 
+def test_csv_names_what_points_the_wrong_way(tmp_path, capsys):
+    write_model(tmp_path / "right", eer=0.2)
+    write_model(tmp_path / "wrong", eer=0.8)
+    right, wrong = csv.DictReader(io.StringIO(run_text(capsys, "--result_folder", tmp_path, "--format", "csv")))
+    assert right["inverted"] == "" and set(wrong["inverted"].split()) == set(evaluation.COLUMNS)
+    assert wrong["C1"] == right["C1"]
+
+
 def test_inverted_detectors_are_marked_and_explained(tmp_path, capsys):
     write_model(tmp_path / "m", eer=0.2)
     write_subset(tmp_path / "m", "C2_result.txt", eer=0.7, n=200)

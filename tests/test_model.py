@@ -80,6 +80,13 @@ def test_max_feature_map_equals_the_plain_maximum() -> None:
     assert torch.autograd.gradcheck(model.MaxFeatureMap2D(), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_heads_take_features_of_any_float_type(dtype: torch.dtype) -> None:
+    head = model.build_head("lcnn", "mel").eval()
+    features = torch.rand(2, 505, 80).to(dtype)
+    assert torch.equal(head(features)[1], head(features.float())[1])
+
+
 def test_a_head_refuses_features_of_another_front_end() -> None:
     with pytest.raises(InputError, match=r"takes features \(B, 505, 80\).*those of --feat xls-r-5"):
         model.LCNN("mel")(torch.zeros(1, 201, 1024))

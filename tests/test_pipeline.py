@@ -289,6 +289,27 @@ def test_finished_subsets_are_skipped(corpora: Path, head_folder: Path, tmp_path
     assert len((tmp_path / "C1_result.txt").read_text().splitlines()) == 8
 
 
+def test_scores_of_other_weights_are_not_taken_for_finished(
+        corpora: Path, head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "other").mkdir()
+    torch.manual_seed(1)
+    model.save_head(tmp_path / "other" / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel"})
+    result = tmp_path / "result"
+    score(corpora, head_folder, result, "--subset", "C1")
+    before = (result / "C1_result.txt").read_bytes()
+    for folder, *options in ((tmp_path / "other",), (head_folder, "--llr")):
+        with pytest.raises(InputError, match=r"C1_result.txt: holds probabilities of the weights \w+, asked for are .*--overwrite"):
+            score(corpora, folder, result, "--subset", "C1", *options)
+    assert (result / "C1_result.txt").read_bytes() == before
+    capsys.readouterr()
+    score(corpora, tmp_path / "other", result, "--subset", "C2")
+    assert "C1_result.txt there hold probabilities of the weights" in capsys.readouterr().out
+    score(corpora, tmp_path / "other", result, "--subset", "C1", "--overwrite")
+    score(corpora, tmp_path / "other", result, "--subset", "C1", "C2")
+    out = capsys.readouterr().out
+    assert "nothing to do" in out and "there hold" not in out
+
+
 def test_a3_without_its_real_half(head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_codecfake(tmp_path / "Codecfake", n_real=2)
     for path in (root / "test/A3").glob("s_*.wav"):
