@@ -91,8 +91,9 @@ def _codecfake(root: Path, part: str) -> list[Trial]:
     folders = [root / above / name for above in ("test", "") for name in names]
     if part in ("train", "dev"):
         folders = [root / part]
-    folders = [f for f in folders if f.is_dir()] or folders
-    folder = str(next((f for f in folders if f.is_dir() and any(os.scandir(f))), folders[0]))        # formatting a Path a million times takes a second
+    found = [f for f in folders if f.is_dir()]
+    folder = next((f for f in found if any(os.scandir(f))), (found or folders)[0])
+    folder = str(folder)               # formatting a Path a million times takes a second
 
     trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
     for row, fields in _rows(protocol):

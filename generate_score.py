@@ -312,6 +312,8 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
     path = folder / f"{subset.name}_result.txt"
     text = eval_metrics.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
                                       [words[subset.trials[row].label] for row in kept])
+    if made_of(folder).get(path.name, scores) != scores:
+        path.unlink(missing_ok=True)   # no kill may leave it under the name of these weights
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
     write_provenance(folder, args, head, scores, path.name, hashlib.sha256(text.encode()).hexdigest())
     with cli.replacing(path) as file:

@@ -204,9 +204,9 @@ def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str
 
 
 @lru_cache
-def class_weights(device: torch.device) -> Tensor:
+def class_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     """Copied once: each copy to a GPU would wait for all that it has to compute before."""
-    return torch.tensor(CLASS_WEIGHTS, device=device)
+    return torch.tensor(CLASS_WEIGHTS, device=device, dtype=dtype)
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float | None = None) -> Tensor:
@@ -216,10 +216,11 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float | None 
         weight: the sum of weights of a batch of which these rows, none perhaps, are one rank's share. The mean
             over the ranks is then the batch's loss, as its gradient is the mean that the ranks take.
     """
-    of_class = class_weights(logits.device)
+    logits = logits.float()
+    of_class = class_weights(logits.device, logits.dtype)
     if weight is None:
-        return F.cross_entropy(logits.float(), labels, weight=of_class)
-    return F.cross_entropy(logits.float(), labels, weight=of_class, reduction="sum") * (ranks.size() / weight)
+        return F.cross_entropy(logits, labels, weight=of_class)
+    return F.cross_entropy(logits, labels, weight=of_class, reduction="sum") * (ranks.size() / weight)
 
 
 @torch.no_grad()
