@@ -12,12 +12,14 @@ import math
 import os
 import signal
 import stat
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -387,7 +389,7 @@ def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_wor
     clips = _Clips(paths, num_workers)
     loader = torch.utils.data.DataLoader(
         clips, batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
-        worker_init_fn=_leave_signals_to_parent, persistent_workers=False)
+        worker_init_fn=_leave_last_word_to_parent, persistent_workers=False)
     try:
         loading = iter(loader)
         if num_workers and threading.current_thread() is threading.main_thread():
@@ -408,10 +410,15 @@ def _unchanged(batch: ClipBatch) -> ClipBatch:
     return batch
 
 
-def _leave_signals_to_parent(worker: int) -> None:
+def _leave_last_word_to_parent(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _say_nothing      # the thread that hands tensors over reports a parent which ends while it takes one
+
+
+def _say_nothing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    pass
 
 
 def describe_rates(rates: Counter) -> str | None:

@@ -137,13 +137,18 @@ PROVENANCE = "provenance.json"     # beside score files: what made them, and the
 
 def read_checksums(folder: str | Path) -> dict[str, str]:
     """SHA-256 of each score file in the folder that generate_score.py wrote. Raises InputError where their list is damaged."""
+    return read_provenance(folder, "sha256")
+
+
+def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
+    """What generate_score.py recorded under this heading of each score file. Raises InputError where that is damaged."""
     path = Path(folder) / PROVENANCE
     if not path.is_file():
         return {}
     try:
-        checksums = json.loads(path.read_bytes()).get("sha256", {})
-        if all(isinstance(value, str) for value in checksums.values()):
-            return checksums
+        recorded = json.loads(path.read_bytes()).get(what, {})
+        if all(isinstance(value, str) for value in recorded.values()):
+            return recorded
     except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError(f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are")

@@ -211,19 +211,20 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
     result = args.result_folder = args.result_folder or Path("result")
     folders = [result / name if len(heads) > 1 else result for name in heads]
     subsets = open_subsets(args)
-    for folder, head in zip(folders, heads.values()):
-        require_same_scores(folder, scores_of(head, args), [f"{subset.name}_result.txt" for subset in subsets], args.overwrite)
+    scores = [scores_of(head, args) for head in heads.values()]
+    for folder, of_head in zip(folders, scores):
+        require_same_scores(folder, of_head, [f"{subset.name}_result.txt" for subset in subsets], args.overwrite)
     done = ranks.from_first(lambda: {subset.name for subset in subsets if not args.overwrite and finished(subset.name, folders)})
     subsets = [subset for subset in subsets if subset.name not in done]
     if not subsets:
         cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
     with ranks.only_one(result):
-        score_subsets(args, heads, subsets, folders)
+        score_subsets(args, heads, subsets, folders, scores)
 
 
-def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path]) -> None:
-    scores = [scores_of(head, args) for head in heads.values()]
+def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path],
+                  scores: Sequence[str]) -> None:
     scorer = Scorer(args, heads)
     cli.say(f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
             f"{scorer.device} -> {args.result_folder}")
@@ -287,9 +288,7 @@ def require_same_scores(folder: Path, scores: str, wanted: Sequence[str], overwr
 
 def made_of(folder: Path) -> dict[str, str]:
     """What each score file in the folder holds, as far as generate_score.py recorded it."""
-    path = folder / eval_metrics.PROVENANCE
-    found = json.loads(path.read_bytes()).get("made_of") if path.is_file() else None
-    return {file: str(held) for file, held in found.items()} if isinstance(found, dict) else {}
+    return eval_metrics.read_provenance(folder, "made_of")
 
 
 def finished(subset: str, folders: Sequence[Path]) -> bool:

@@ -241,11 +241,11 @@ def _load_wav2vec2(ssl: str) -> nn.Module:
 
 def digest(module: nn.Module) -> str:
     """SHA-256 of a module's names, shapes and values; the module lies on the CPU."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 # ── LCNN ─────────────────────────────────────────────────────────────────────────────────────────

@@ -56,6 +56,11 @@ class Setting:
     batch: int                 # of a training step
     paths: list[str]
 
+    @property
+    def gpu(self) -> int:
+        """The device as --gpu names it."""
+        return self.device.index if self.device.type == "cuda" else -1
+
 
 @dataclass
 class Row:
@@ -199,9 +204,9 @@ def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
 
 
 def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[str, float]]:
-    device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+    device = model.pick_device(s.gpu)
     model.set_precision(precision, device)
-    args = preprocess.parse(["--gpu", str(-1 if device.type == "cpu" else device.index), "--precision", precision])
+    args = preprocess.parse(["--gpu", str(s.gpu), "--precision", precision])
     front_end = model.load_frontend("xls-r-5", s.ssl, precision).to(device)
     trials = [Trial(Path(path).name, path, n % 2, "-") for n, path in enumerate(s.paths)]
 
@@ -306,7 +311,7 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
     """Seconds of a step, and the losses of the first three without dropout."""
     device = s.device
     if how != "plainly":
-        device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+        device = model.pick_device(s.gpu)
         model.set_precision(how, device)
     torch.manual_seed(0)
     head = model.build_head(name, feat).to(device)
@@ -341,7 +346,7 @@ def training_from_cache(s: Setting, ceilings: dict[str, float]) -> Found:
 
 
 def _train_from_cache(s: Setting) -> tuple[float, float, int]:
-    device = model.pick_device(s.device.index if s.device.type == "cuda" else -1)
+    device = model.pick_device(s.gpu)
     head = model.build_head("W2VAASIST", "xls-r-5").to(device)
     optimiser = torch.optim.Adam(head.parameters())
     cache = _make_cache(s, s.rows if device.type == "cuda" else 8 * s.batch)
@@ -387,7 +392,7 @@ def _score_plainly(s: Setting) -> tuple[float, float]:
 
 
 def _score_here(s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None) -> tuple[float, np.ndarray]:
-    gpu = str(s.device.index if s.device.type == "cuda" else -1)
+    gpu = str(s.gpu)
     args = generate_score.parse(["-t", "ITW", "--gpu", gpu, "--precision", precision])
     scorer = generate_score.Scorer(args, _heads(s, heads))
     scores: list[np.ndarray] = []
@@ -422,7 +427,7 @@ def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
         for path in fakes:
             soundfile.write(path, rng.normal(0, 0.1, CLIP_SAMPLES), SAMPLE_RATE, subtype="PCM_16")
         subsets.append([*s.paths[:half], *fakes])
-    args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.device.index if s.device.type == "cuda" else -1)])
+    args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.gpu)])
     scorer = generate_score.Scorer(args, _heads(s, 1))
 
     def run(share: bool) -> None:

@@ -2,13 +2,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
@@ -465,6 +469,19 @@ def test_the_file_a_dead_worker_was_reading_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setattr(dataset, "_load_clip", dies_at_the_sixth)
     with pytest.raises(InputError, match=r"a decoding process died while it was reading \S*clip5\.wav; take that file out"):
         list(dataset.clip_batches(paths, [[i] for i in range(8)], 2))
+
+
+def test_workers_do_not_speak_of_a_parent_that_ended_while_it_took_a_batch(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    def ends(ticket: tuple) -> None:
+        Client(ticket[0], authkey=multiprocessing.current_process().authkey).close()
+        time.sleep(0.3)                # the worker has this long to complain
+        raise KeyboardInterrupt
+    monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(ends))
+    with pytest.raises(KeyboardInterrupt):
+        list(dataset.clip_batches([str(write_tone(tmp_path / "clip.wav", seconds=0.1))], [[0]], 1))
+    gc.collect()                       # ends the worker
+    assert capfd.readouterr().err == ""
 
 
 def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> None:
