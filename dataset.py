@@ -10,6 +10,7 @@ import gc
 import hashlib
 import math
 import os
+import re
 import signal
 import stat
 import sys
@@ -69,7 +70,8 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
         part: one of PARTS[task].
 
     Raises:
-        InputError: no such corpus there, or a row that is not one: names the file and the row.
+        InputError: no such corpus there, a row that is not one (names the file and the row), or a recording that is both real
+            and fake.
     """
     root = Path(root)
     if not root.is_dir():
@@ -77,16 +79,25 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
     collecting = gc.isenabled()
     gc.disable()                       # a million new tuples would have it look through them all over and over
     try:
-        trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
+        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
     finally:
         if collecting:
             gc.enable()
     if not trials:
-        raise InputError(f"{root}: the protocol of {part} has no rows")
+        raise InputError(f"{protocol}: has no rows")
+    if len({trial.path for trial in trials}) < len(trials):      # the same row twice only counts twice, in training
+        _require_one_label_each(protocol, trials)
     return trials
 
 
-def _codecfake(root: Path, part: str) -> list[Trial]:
+def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
+    labels: dict[str, int] = {}
+    for trial in trials:
+        if labels.setdefault(trial.path, trial.label) != trial.label:
+            raise InputError(f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out")
+
+
+def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
     """`name.wav real|fake tag`, or the two-column copies without the tag."""
     names = [part, "L" + part[1]] if part[0] == "A" else [part]
     protocol = _first_file(root, [f"label/{name}.txt" for name in names])
@@ -106,10 +117,10 @@ def _codecfake(root: Path, part: str) -> list[Trial]:
         if tag not in sources:
             sources[tag] = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
         trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag]))
-    return trials
+    return protocol, trials
 
 
-def _asvspoof2019(root: Path, part: str) -> list[Trial]:
+def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
     """`speaker utterance - attack key`."""
     if not (root / "ASVspoof2019_LA_cm_protocols").is_dir() and (root / "LA").is_dir():
         root = root / "LA"             # LA.zip unpacks into a folder LA of its own
@@ -125,10 +136,10 @@ def _asvspoof2019(root: Path, part: str) -> list[Trial]:
         label = _label(protocol, row, fields[4], words)
         attack = _plain_name(protocol, row, fields[3], "attack")
         trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
-    return trials
+    return protocol, trials
 
 
-def _in_the_wild(root: Path, part: str) -> list[Trial]:
+def _in_the_wild(root: Path, part: str) -> tuple[Path, list[Trial]]:
     """The released `meta.csv`, or the reference's five-column `label.txt` with its audio in `wav/`."""
     if not (root / "meta.csv").is_file() and (root / "release_in_the_wild").is_dir():
         root = root / "release_in_the_wild"
@@ -141,14 +152,14 @@ def _in_the_wild(root: Path, part: str) -> list[Trial]:
                 raise _bad_row(protocol, row, "five columns with the id in the 2nd and the label in the 5th", fields)
             name = _plain_name(protocol, row, fields[1])
             trials.append(Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-"))
-        return trials
+        return protocol, trials
     for row, fields in _csv_rows(protocol):
         if len(fields) != 3:
             raise _bad_row(protocol, row, "`file,speaker,label`", fields)
         file = _plain_name(protocol, row, fields[0].strip())
         label = _label(protocol, row, fields[2].strip(), words)
         trials.append(Trial(Path(file).stem, f"{root}/{file}", label, "-"))
-    return trials
+    return protocol, trials
 
 
 def find_missing(trials: Sequence[Trial]) -> list[Trial]:
@@ -239,7 +250,8 @@ def load_clip(path: str | Path) -> Tensor:
     64,600 samples, a shorter recording repeated end to end and cut.
 
     Raises:
-        InputError: not a regular file, not audio, no samples, or samples, of those that are used, that are not finite.
+        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file announces, or samples, of those
+            that are used, that are not finite.
     """
     return _load_clip(path)[0]
 
@@ -272,6 +284,8 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
                     blocks.append(block.mean(axis=1))
                 wanted -= len(block)
             rate = file.samplerate
+            if wanted > 0:                            # a longer file may be cut wherever it likes, the clip is the same
+                _require_whole(path, file.extra_info)
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
         reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
         raise InputError(f"{path}: cannot be read as audio ({reason}); fetch the file again or take it out") from None
@@ -280,6 +294,19 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
     if not blocks:
         raise InputError(f"{path}: expected audio, found no samples in it; fetch the file again or take it out")
     return torch.from_numpy(np.concatenate(blocks)), rate
+
+
+# What libsndfile reports of the chunk with the samples, in WAV, AIFF and AU.
+ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+NO_LENGTH = 2**31 - 2**16  # bytes; what writes into a pipe announces this much or more
+SLACK = 128                # bytes; some writers count the header
+
+
+def _require_whole(path: str | Path, report: str) -> None:
+    """Raises InputError where a header announces more samples than the file holds, as after a broken copy."""
+    for announced, found in ANNOUNCED.findall(report):
+        if int(found) + SLACK < int(announced) < NO_LENGTH:
+            raise InputError(f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch the file again or take it out")
 
 
 # librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its documentation gives them).

@@ -81,11 +81,16 @@ def test_in_the_wild_with_the_references_label_file(tmp_path: Path) -> None:
     ("/etc/passwd real 0\n", "plain file name"),
     ("a\x1b[31m.wav real 0\n", "plain file name"),
     ("x" * 10_000_000 + " real 0\n", r"train\.txt:1: .*over 4096 characters"),
-    ("", "has no rows"), ("\n \n", "has no rows"),
+    ("", r"train\.txt: has no rows"), ("\n \n", r"train\.txt: has no rows"),
+    ("a.wav real 0\nb.wav fake 1\na.wav fake 1\n", r"train\.txt: a\.wav is in it as bona fide and as spoof; take the wrong row out"),
 ])
 def test_bad_rows_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         codecfake(tmp_path, text)
+
+
+def test_a_row_that_is_there_twice_counts_twice(tmp_path: Path) -> None:
+    assert [t.name for t in codecfake(tmp_path, "a.wav real 0\nb.wav fake 1\nb.wav fake 1\n")] == ["a.wav", "b.wav", "b.wav"]
 
 
 def test_a_binary_protocol_is_named(tmp_path: Path) -> None:
@@ -227,6 +232,29 @@ def test_bad_audio_is_refused_by_name(tmp_path: Path) -> None:
                           ("loop", "symbolic links"), ("absent", "No such file")):
         with pytest.raises(InputError, match=rf"{name}\.wav: .*{message}"):
             load_clip(tmp_path / f"{name}.wav")
+
+
+@pytest.mark.parametrize("name, options", [("x.wav", {}), ("x.aiff", {}), ("x.au", {}), ("x.wav", {"subtype": "GSM610"}), ("x.wav", {"subtype": "IMA_ADPCM"})])
+def test_a_recording_cut_short_is_refused(tmp_path: Path, name: str, options: dict) -> None:
+    """A copy that broke off would otherwise be a shorter clip, repeated; behind the samples that are used it may end anywhere."""
+    path = tmp_path / name
+    soundfile.write(path, np.full(70_000, 0.25), 16_000, **options)
+    whole, size = load_clip(path), path.stat().st_size
+    os.truncate(path, int(0.97 * size))
+    torch.testing.assert_close(load_clip(path), whole, rtol=0, atol=0)
+    os.truncate(path, size // 2)
+    with pytest.raises(InputError, match=rf"{name}: cut short: announces \d+ bytes of samples, has \d+; fetch the file again"):
+        load_clip(path)
+
+
+@pytest.mark.parametrize("announced", [2036, 2**31 - 1, 2**32 - 1, 2**31 - 4096])
+def test_lengths_of_sloppy_writers_and_pipes_are_read_past(tmp_path: Path, announced: int) -> None:
+    path = tmp_path / "x.wav"
+    soundfile.write(path, np.linspace(-0.5, 0.5, 1000), 16_000)
+    plain, data = load_clip(path), bytearray(path.read_bytes())
+    data[40:44] = announced.to_bytes(4, "little")
+    path.write_bytes(data)
+    torch.testing.assert_close(load_clip(path), plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
