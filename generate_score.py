@@ -18,8 +18,9 @@ import shlex
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -131,33 +132,48 @@ class Scorer:
                 found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
         return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
 
-    def score_files(self, paths: Sequence[str], num_workers: int, known: dict[bytes, np.ndarray],
-                    label: str) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
-        """Logits of audio files, each distinct clip computed once; the ranks share the files.
+    def score_files(self, parts: dict[str, Sequence[str]], num_workers: int) -> Iterator[tuple[np.ndarray, dict[int, str], dict[int, int]]]:
+        """Logits of audio files, part by part; the ranks share the files.
+
+        Each distinct clip is computed once: C1..C6, whose real clips are the same files, share them. The decoding
+        processes start once for all parts, which takes a second, and read ahead across their ends.
 
         Args:
-            known: logits by clip; what is computed here is added, so that C1..C6, whose real clips are
-                the same files, share them.
+            parts: paths, under the name on the progress bar.
 
-        Returns:
-            Logits (N, heads, 2), NaN for files that could not be read; the reasons; sampling rates counted.
+        Yields:
+            Of each part logits (N, heads, 2), NaN for files that could not be read; the reasons; sampling rates counted.
         """
-        digests: list[bytes | None] = [None] * len(paths)
-        failures: dict[int, str] = {}
-        rates: dict[int, int] = {}
-        waiting: dict[bytes, Tensor] = {}
+        known: dict[bytes, np.ndarray] = {}
+        paths = [path for files in parts.values() for path in files]
+        places, first = [], 0
+        for files in parts.values():
+            places.append(range(first, first := first + len(files)))
+        batches = [self._own_batches(paths, place) for place in places]
+        reading = dataset.clip_batches(paths, list(chain.from_iterable(batches)), num_workers)
+        for label, place, its_batches in zip(parts, places, batches):
+            yield self._score_part(label, place, islice(reading, len(its_batches)), known)
+
+    def _own_batches(self, paths: Sequence[str], place: range) -> list[Sequence[int]]:
+        own: Sequence[int] = place
         # By name, not by position: so a clip of several subsets is always the same rank's, which knows its logits.
-        own = range(len(paths)) if ranks.size() == 1 else \
-            [row for row, path in enumerate(paths) if zlib.crc32(os.fsencode(os.path.basename(path))) % ranks.size() == ranks.rank()]
-        batches = [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
+        if ranks.size() > 1:
+            own = [row for row in place if zlib.crc32(os.fsencode(os.path.basename(paths[row]))) % ranks.size() == ranks.rank()]
+        return [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
+
+    def _score_part(self, label: str, place: range, batches: Iterable[dataset.ClipBatch],
+                    known: dict[bytes, np.ndarray]) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+        digests: list[bytes | None] = [None] * len(place)
+        failures: dict[int, str] = {}
+        rates: Counter = Counter()
+        waiting: dict[bytes, Tensor] = {}
         finished = ranks.Tally()
-        with tqdm(total=len(paths), unit="clip", desc=label, disable=not ranks.is_first()) as bar:
-            for batch in dataset.clip_batches(paths, batches, num_workers):
-                failures |= batch.failures
-                for rate, count in batch.rates.items():
-                    rates[rate] = rates.get(rate, 0) + count
+        with tqdm(total=len(place), unit="clip", desc=label, disable=not ranks.is_first()) as bar:
+            for batch in batches:
+                failures |= {row - place.start: reason for row, reason in batch.failures.items()}
+                rates += batch.rates
                 for row, clip, digest in zip(batch.rows, batch.clips, batch.digests):
-                    digests[row] = digest
+                    digests[row - place.start] = digest
                     if digest not in known:
                         waiting[digest] = clip
                     if len(waiting) == self.batch_size:
@@ -166,21 +182,21 @@ class Scorer:
             self._compute(waiting, known)
             ranks.barrier(lambda: bar.update(finished.add() - bar.n))
             bar.update(finished.add() - bar.n)
-        logits = np.full((len(paths), len(self.heads), 2), np.nan)
+        logits = np.full((len(place), len(self.heads), 2), np.nan)
         for row, digest in enumerate(digests):
             if digest is not None:
                 logits[row] = known[digest]
         return self._join(logits, failures, rates)
 
-    def _join(self, own: np.ndarray, failures: dict[int, str], rates: dict[int, int]) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
-        """What score_files() returns, from what each rank found; logits are NaN where the file was another's."""
+    def _join(self, own: np.ndarray, failures: dict[int, str], rates: Counter) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+        """What score_files() yields, from what each rank found; logits are NaN where the file was another's."""
         logits = own.copy()
         all_failures: dict[int, str] = {}
         all_rates: Counter = Counter()
         for values, failed, rated in ranks.gather((own, failures, rates)):
             np.copyto(logits, values, where=~np.isnan(values))
             all_failures |= failed
-            all_rates += Counter(rated)
+            all_rates += rated
         return logits, dict(sorted(all_failures.items())), dict(all_rates)
 
     def _compute(self, waiting: dict[bytes, Tensor], known: dict[bytes, np.ndarray]) -> None:
@@ -228,9 +244,8 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
     scorer = Scorer(args, heads)
     cli.say(f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
             f"{scorer.device} -> {args.result_folder}")
-    known: dict[bytes, np.ndarray] = {}
-    for subset in subsets:
-        logits, failures, rates = scorer.score_files([t.path for t in subset.trials], args.num_workers, known, subset.name)
+    scored = scorer.score_files({subset.name: [trial.path for trial in subset.trials] for subset in subsets}, args.num_workers)
+    for subset, (logits, failures, rates) in zip(subsets, scored):
         if failures and not args.skip_missing:
             raise InputError(f"{subset.name}: {len(failures)} files cannot be read, first {next(iter(failures.values()))}; "
                              "or go on without them with --skip_missing")
@@ -339,7 +354,7 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
     """One line a recording and model; with --result_folder a score file as well."""
     paths = find_recordings(args.path)
     scorer = Scorer(args, heads)
-    logits, failures, _ = scorer.score_files(paths, args.num_workers, {}, "audio")
+    logits, failures, _ = next(scorer.score_files({"audio": paths}, args.num_workers))
     if not ranks.is_first():
         return
     kept = [row for row in range(len(paths)) if row not in failures]

@@ -399,7 +399,7 @@ def _score_here(s: Setting, precision: str, heads: int, paths: Sequence[str] | N
 
     def run() -> None:
         with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
-            scores[:] = [generate_score.to_scores(scorer.score_files(paths or s.paths, args.num_workers, {}, "bench")[0][:, 0], llr=False)]
+            scores[:] = [generate_score.to_scores(next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))[0][:, 0], llr=False)]
     seconds, = in_turns(run, repeats=s.repeats)
     return seconds, scores[0]
 
@@ -421,21 +421,20 @@ def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
 
 def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
     rng = np.random.default_rng(1)
-    subsets = []
+    subsets = {}
     for subset in range(6):
         fakes = [str(s.folder / "audio" / f"F{subset}_{n}.wav") for n in range(half)]
         for path in fakes:
             soundfile.write(path, rng.normal(0, 0.1, CLIP_SAMPLES), SAMPLE_RATE, subtype="PCM_16")
-        subsets.append([*s.paths[:half], *fakes])
+        subsets[f"C{subset + 1}"] = [*s.paths[:half], *fakes]
     args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.gpu)])
     scorer = generate_score.Scorer(args, _heads(s, 1))
 
-    def run(share: bool) -> None:
-        known: dict = {}
+    def run(*together: dict[str, list[str]]) -> None:
         with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
-            for paths in subsets:
-                scorer.score_files(paths, args.num_workers, known if share else {}, "bench")
-    apart, shared = in_turns(lambda: run(False), lambda: run(True), repeats=min(s.repeats, 2))
+            for parts in together:
+                list(scorer.score_files(parts, args.num_workers))
+    apart, shared = in_turns(lambda: run(*({name: paths} for name, paths in subsets.items())), lambda: run(subsets), repeats=min(s.repeats, 2))
     return apart, shared
 
 

@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import torch
 
+import dataset
 import evaluate_score
 import generate_score
 import main_train
@@ -251,10 +252,12 @@ def test_score_files_hold_the_softmax_of_the_logits(corpora: Path, head_folder: 
 
 def test_a_shared_clip_is_computed_once_and_scores_the_same(corpora: Path, head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """C1..C6 and A1..A3 share their real clips. Scored alone or after the others, a subset's file has the same bytes."""
-    computed = []
-    real_logits = generate_score.Scorer.logits
+    computed, started = [], []
+    real_logits, real_start = generate_score.Scorer.logits, dataset.clip_batches
     monkeypatch.setattr(generate_score.Scorer, "logits", lambda self, clips: computed.append(len(clips)) or real_logits(self, clips))
+    monkeypatch.setattr(dataset, "clip_batches", lambda *files: started.append(len(files[0])) or real_start(*files))
     score(corpora, head_folder, tmp_path / "all")
+    assert started == [80], "decoding starts once for all subsets"
     distinct = {path.read_bytes() for path in (corpora / "Codecfake/test").rglob("*.wav")}
     assert sum(computed) == len(distinct) <= 80 - 8 * 4, "nine of the ten subsets have the same four real clips"
     monkeypatch.undo()
@@ -323,17 +326,18 @@ def test_a3_without_its_real_half(head_folder: Path, tmp_path: Path, capsys: pyt
 
 def test_missing_and_unreadable_audio_when_scoring(head_folder: Path, tmp_path: Path) -> None:
     root = make_codecfake(tmp_path / "Codecfake", n_real=2)
-    (root / "test/C1/s_000.wav").unlink()
-    (root / "test/C1/F01_s_001.wav").write_text("not audio")
-    command = ["-t", "codecfake", "-d", root, "--subset", "C1", "--model_folder", head_folder, "--result_folder", tmp_path / "r", *CPU]
-    with pytest.raises(InputError, match=r"C1: 1 of 4 files named by the protocol .*--skip_missing"):
+    (root / "test/C2/s_000.wav").unlink()
+    (root / "test/C2/F02_s_001.wav").write_text("not audio")
+    command = ["-t", "codecfake", "-d", root, "--subset", "C1", "C2", "--model_folder", head_folder, "--result_folder", tmp_path / "r", *CPU]
+    with pytest.raises(InputError, match=r"C2: 1 of 4 files named by the protocol .*--skip_missing"):
         run(generate_score, *command)
     run(generate_score, *command, "--skip_missing")
-    assert list(read_scores(tmp_path / "r/C1_result.txt").names) == ["F01_s_000.wav", "s_001.wav"]
-    missing = (tmp_path / "r/C1_missing.txt").read_text().splitlines()
-    assert missing[0] == "s_000.wav absent" and missing[1].startswith("F01_s_001.wav ") and len(missing) == 2
-    write_tone(root / "test/C1/s_000.wav")
-    with pytest.raises(InputError, match="C1: 1 files cannot be read, first .*F01_s_001.wav"):
+    assert list(read_scores(tmp_path / "r/C2_result.txt").names) == ["F02_s_000.wav", "s_001.wav"]
+    assert len(read_scores(tmp_path / "r/C1_result.txt").names) == 4
+    missing = (tmp_path / "r/C2_missing.txt").read_text().splitlines()
+    assert missing[0] == "s_000.wav absent" and missing[1].startswith("F02_s_001.wav ") and len(missing) == 2
+    write_tone(root / "test/C2/s_000.wav")
+    with pytest.raises(InputError, match="C2: 1 files cannot be read, first .*F02_s_001.wav"):
         run(generate_score, *command, "--overwrite")
 
 
