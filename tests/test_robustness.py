@@ -488,8 +488,8 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
     """A forked child inherits the descriptor, and with flock the lock."""
     code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import cli\n"
             "with cli.only_one(sys.argv[2]):\n"
-            "    if os.fork() == 0: time.sleep(30); os._exit(0)\n"
-            "    print('held', flush=True); time.sleep(30)")
+            "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
+            "    time.sleep(30)")
     owner = subprocess.Popen([sys.executable, "-c", code, REPO, tmp_path], stdout=subprocess.PIPE, start_new_session=True)
     try:
         owner.stdout.readline()
