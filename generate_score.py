@@ -20,7 +20,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -146,9 +146,8 @@ class Scorer:
         """
         known: dict[bytes, np.ndarray] = {}
         paths = [path for files in parts.values() for path in files]
-        places, first = [], 0
-        for files in parts.values():
-            places.append(range(first, first := first + len(files)))
+        ends = accumulate(map(len, parts.values()))
+        places = [range(end - len(files), end) for end, files in zip(ends, parts.values())]
         batches = [self._own_batches(paths, place) for place in places]
         reading = dataset.clip_batches(paths, list(chain.from_iterable(batches)), num_workers)
         for label, place, its_batches in zip(parts, places, batches):
