@@ -27,6 +27,7 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM, raised where the program stands so that `finally` blocks run."""
 
 
+_answering = os.getpid()           # the process that a signal ends; its helpers end with it
 _stopped_by: int | None = None     # the signal, once one has come
 _has_last_word: Callable[[], bool] = lambda: True
 
@@ -43,6 +44,8 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
     A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print `if_stopped` (how to
     go on) and exit with 130 and 143. Anything else is a defect of ours and keeps its traceback.
     """
+    global _answering
+    _answering = os.getpid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     sys.unraisablehook = _report_unraisable
@@ -68,6 +71,8 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
 
 def _stop(number: int, frame: object) -> None:
     global _stopped_by
+    if os.getpid() != _answering:      # a helper that was forked a moment ago
+        return
     _stopped_by = number
     for repeated in (signal.SIGINT, signal.SIGTERM):      # an impatient second Ctrl-C must not break off the clean end
         signal.signal(repeated, signal.SIG_IGN)

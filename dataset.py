@@ -15,6 +15,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -401,7 +402,11 @@ class _Clips(torch.utils.data.Dataset):
 
     def left_by_the_dead(self) -> list[str]:
         """The files that processes which have ended were reading."""
-        return [self.paths[row] if row >= 0 else "no file" for process, row in self.reading.tolist() if process > 0 and _has_ended(process)]
+        for _ in range(100):           # a process's connections close a moment before it has ended
+            if left := [self.paths[row] if row >= 0 else "no file" for process, row in self.reading.tolist() if process > 0 and _has_ended(process)]:
+                return left
+            time.sleep(0.02)
+        return []
 
 
 def _has_ended(process: int) -> bool:

@@ -458,6 +458,27 @@ def test_a_second_signal_does_not_break_off_the_clean_end(monkeypatch: pytest.Mo
 # ── Processes ──
 
 
+def test_a_helper_just_forked_leaves_signals_to_its_parent() -> None:
+    """Ctrl-C reaches it before it could say so itself."""
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); import cli\n"
+            "def main():\n"
+            "    if helper := os.fork(): sys.exit(os.waitpid(helper, 0)[1])\n"
+            "    os.kill(os.getpid(), signal.SIGINT); print('goes on')\n"
+            "cli.run(main, 'run it again')")
+    ended = subprocess.run([sys.executable, "-c", code, REPO], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")
+
+
+def test_a_worker_that_is_still_ending_is_waited_for() -> None:
+    clips = dataset._Clips(["the file"], 1)
+    if not (helper := os.fork()):
+        time.sleep(0.2)
+        os._exit(1)
+    clips.reading[0] = torch.tensor([helper, 0])
+    assert clips.left_by_the_dead() == ["the file"]
+    os.waitpid(helper, 0)
+
+
 def test_the_file_a_dead_worker_was_reading_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(write_tone(tmp_path / f"clip{i}.wav", seconds=0.1)) for i in range(8)]
     real_load = dataset._load_clip
