@@ -93,6 +93,9 @@ def load_heads(folders: Sequence[Path]) -> dict[str, torch.nn.Module]:
 # ── From clips to logits ─────────────────────────────────────────────────────────────────────────
 
 
+Scored = tuple[np.ndarray, dict[int, str], Counter]        # as score_files() yields it
+
+
 class Scorer:
     """Several heads behind as few front ends as they need.
 
@@ -132,7 +135,7 @@ class Scorer:
                 found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
         return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
 
-    def score_files(self, parts: dict[str, Sequence[str]], num_workers: int) -> Iterator[tuple[np.ndarray, dict[int, str], dict[int, int]]]:
+    def score_files(self, parts: dict[str, Sequence[str]], num_workers: int) -> Iterator[Scored]:
         """Logits of audio files, part by part; the ranks share the files.
 
         Each distinct clip is computed once: C1..C6, whose real clips are the same files, share them. The decoding
@@ -160,8 +163,7 @@ class Scorer:
             own = [row for row in place if zlib.crc32(os.fsencode(os.path.basename(paths[row]))) % ranks.size() == ranks.rank()]
         return [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
 
-    def _score_part(self, label: str, place: range, batches: Iterable[dataset.ClipBatch],
-                    known: dict[bytes, np.ndarray]) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+    def _score_part(self, label: str, place: range, batches: Iterable[dataset.ClipBatch], known: dict[bytes, np.ndarray]) -> Scored:
         digests: list[bytes | None] = [None] * len(place)
         failures: dict[int, str] = {}
         rates: Counter = Counter()
@@ -187,7 +189,7 @@ class Scorer:
                 logits[row] = known[digest]
         return self._join(logits, failures, rates)
 
-    def _join(self, own: np.ndarray, failures: dict[int, str], rates: Counter) -> tuple[np.ndarray, dict[int, str], dict[int, int]]:
+    def _join(self, own: np.ndarray, failures: dict[int, str], rates: Counter) -> Scored:
         """What score_files() yields, from what each rank found; logits are NaN where the file was another's."""
         logits = own.copy()
         all_failures: dict[int, str] = {}
@@ -196,7 +198,7 @@ class Scorer:
             np.copyto(logits, values, where=~np.isnan(values))
             all_failures |= failed
             all_rates += rated
-        return logits, dict(sorted(all_failures.items())), dict(all_rates)
+        return logits, dict(sorted(all_failures.items())), all_rates
 
     def _compute(self, waiting: dict[bytes, Tensor], known: dict[bytes, np.ndarray]) -> None:
         if waiting:
@@ -251,8 +253,8 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
         if note := dataset.describe_rates(rates):
             cli.say(note)
         if ranks.is_first():
-            for number, (folder, head) in enumerate(zip(folders, heads.values())):
-                write_subset(args, folder, subset, logits[:, number], failures, head, scores[number])
+            for number, (folder, head, of_head) in enumerate(zip(folders, heads.values(), scores)):
+                write_subset(args, folder, subset, logits[:, number], failures, head, of_head)
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:

@@ -135,11 +135,12 @@ def _csv(table: Table) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     marked = [" ".join(column for column, cell in zip(table.columns, row) if cell.endswith(MARK)) for row in table.rows]
-    writer.writerow([*table.columns, *(["inverted"] if any(marked) else [])])
+    any_marked = any(marked)
+    writer.writerow([*table.columns, *["inverted"] * any_marked])
     for row, inverted in zip(table.rows, marked):
         names, figures = row[:table.n_names], row[table.n_names:]
         writer.writerow([*map(printable, names), *("" if cell == ABSENT else cell.rstrip(MARK) for cell in figures),
-                         *([inverted] if any(marked) else [])])
+                         *[inverted] * any_marked])
     return text.getvalue()
 
 

@@ -392,8 +392,7 @@ def _score_plainly(s: Setting) -> tuple[float, float]:
 
 
 def _score_here(s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None) -> tuple[float, np.ndarray]:
-    gpu = str(s.gpu)
-    args = generate_score.parse(["-t", "ITW", "--gpu", gpu, "--precision", precision])
+    args = generate_score.parse(["-t", "ITW", "--gpu", str(s.gpu), "--precision", precision])
     scorer = generate_score.Scorer(args, _heads(s, heads))
     scores: list[np.ndarray] = []
 
