@@ -1,8 +1,10 @@
 """The training loop.    python -m pytest tests/test_main_train.py"""
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import main_train
 import model
 import torch_files
 from cli import InputError
-from dataset import Trial
+from dataset import FEATURE_SHAPES, Trial
 from feature_cache import CacheWriter
 from main_train import Sharpness, train_step
 
@@ -252,9 +254,36 @@ def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> 
         main_train.common_front_end(clash)
 
 
-def test_bfloat16_trains_to_nearly_the_same_loss(features, tmp_path: Path) -> None:
-    losses = {}
+@pytest.mark.parametrize("build", [lambda: model.LCNN("mel"), model.W2VAASIST], ids=["LCNN", "W2VAASIST"])
+def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(build: Callable[[], nn.Module]) -> None:
+    """From one state, on one batch of smooth features. What training makes of the difference after a few steps is chance.
+
+    Measured with AMX's, AVX-512's and AVX2's products: cosine 0.987 and 0.995 to 0.997, losses within 0.2 %.
+    """
+    torch.manual_seed(1)
+    head = build()
+    frames, dim = FEATURE_SHAPES[head.feat]
+    labels = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])
+    smooth = F.interpolate(torch.randn(8, 1, frames // 8, dim // 8), size=(frames, dim), mode="bilinear")[:, 0]
+    features = smooth + 0.5 * labels[:, None, None] * torch.randn(frames, dim)
+    losses, gradients = [], []
     for precision in ("fp32", "bf16"):
-        out = train(features, tmp_path / precision, "--num_epochs", "1", "--precision", precision, task="codecfake")
-        losses[precision] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
-    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
+        trained = without_dropout(copy.deepcopy(head))
+        loss = main_train.batch_loss(trained, features, labels, precision)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        grads = [p.grad for p in trained.parameters() if p.grad is not None]
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_a_run_in_bfloat16_leaves_float32_weights(features, tmp_path: Path) -> None:
+    exact, coarse = (train(features, tmp_path / precision, "--num_epochs", "1", "--precision", precision, task="codecfake")
+                     for precision in ("fp32", "bf16"))
+    head = model.load_head(coarse)
+    assert head.info["precision"] == "bf16"
+    assert all(tensor.dtype != torch.bfloat16 for tensor in head.state_dict().values())
+    assert weights(exact) != weights(coarse), "the option reaches the loop"

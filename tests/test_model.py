@@ -135,13 +135,15 @@ def test_clips_shorter_than_the_positions_reach(ssl_narrow: Path) -> None:
     torch.testing.assert_close(model.load_frontend("xls-r-5", str(ssl_narrow))(clips), untruncated(ssl_narrow, clips), atol=1e-5, rtol=0)
 
 
-def test_bfloat16_costs_no_more_than_the_librarys_autocast(ssl_narrow: Path) -> None:
-    """Root mean square error against float32, the plain way's beside it."""
+def test_bfloat16_stays_near_float32(ssl_narrow: Path) -> None:
+    """8 bits of mantissa cost 1.1 % RMS on this narrow network, on every processor; a norm or a residual stream summed
+    in bfloat16 costs several times that. The library's own autocast is no yardstick: torch's bfloat16 convolutions are
+    off by 33 % on narrow networks where the processor has AMX."""
     clips = torch.randn(1, CLIP_SAMPLES)
     exact, ours = (model.load_frontend("xls-r-5", str(ssl_narrow), precision)(clips) for precision in ("fp32", "bf16"))
-    plain = untruncated(ssl_narrow, clips, torch.autocast("cpu", torch.bfloat16)).float()
-    error, error_of_plain = ((found - exact).square().mean().sqrt() for found in (ours, plain))
-    assert ours.dtype == torch.float32 and 1e-4 < error < 1.1 * error_of_plain < 0.05 * exact.square().mean().sqrt()
+    error = (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert ours.dtype == torch.float32
+    assert 1e-4 < error < 0.02
 
 
 def test_wav2vec2_of_another_kind_runs_as_the_library_does(tmp_path: Path) -> None:
