@@ -29,7 +29,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 # Each step takes up what an earlier run left, so that a second `make demo` soon shows the same table.
 demo: .venv/.ready
-	python demo.py -o $(DEMO)$(if $(SPEECH), --speech $(SPEECH))
+	python -m demo -o $(DEMO)$(if $(SPEECH), --speech $(SPEECH))
 	python preprocess.py -t codecfake -d $(DEMO)/Codecfake -f $(DEMO)/features/Codecfake $(FRONT)
 	python preprocess.py -t 19LA -d $(DEMO)/LA -f1 $(DEMO)/features/LA $(FRONT)
 	python main_train.py -t codecfake -f $(DEMO)/features/Codecfake --feat $(FEAT) -m $(HEAD) -o $(MODEL) $(TRAIN)$(if $(wildcard $(MODEL)/*), --continue_training)
@@ -43,13 +43,13 @@ test: .venv/.ready
 	python -m pytest
 
 bench: .venv/.ready
-	for script in bench bench_parity bench_scale; do echo "python benchmarks/$$script.py" >&2; python benchmarks/$$script.py; echo; done > benchmarks/RESULTS.md.part
+	for script in bench bench_parity bench_scale; do echo "python -m benchmarks.$$script" >&2; python -m benchmarks.$$script; echo; done > benchmarks/RESULTS.md.part
 	mv benchmarks/RESULTS.md.part benchmarks/RESULTS.md
 	cat benchmarks/RESULTS.md
-	python benchmarks/scale.py
+	python -m benchmarks.scale
 
 torture: .venv/.ready
-	python tests/torture.py
+	python -m tests.torture
 
 clean-demo:
 	rm -rf $(DEMO) $(DEMO).part

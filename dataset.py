@@ -1,367 +1,38 @@
-"""Corpora, clips and batches: from the files a researcher downloads to the order they are trained in.
-
-Protocols (one parse function a corpus), audio reading, and the order of training batches. The cached
-features have a room of their own, `feature_cache.py`.
-"""
+"""What training and scoring read: trials, clips, features, and the order of training batches."""
 from __future__ import annotations
 
-import csv
-import gc
+import argparse
 import hashlib
-import math
 import os
 import re
 import signal
-import stat
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
-import soundfile
 import torch
-import torchaudio
 from torch import Tensor
 
-import cli
-from cli import InputError
+from formats import audio, torch_files
+from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
+from formats.feature_cache import FeatureCache
+from formats.protocols import FAKE, REAL, Trial, read_protocol
+from frontends import FEATURE_SHAPES, load_frontend
+from runtime import cli
+from runtime.cli import InputError
 
-SAMPLE_RATE = 16_000
-CLIP_SAMPLES = 64_600      # 4.04 s, the published clip length
-REAL, FAKE = 0, 1          # labels and logit columns; a score is always higher-is-real
-FEATURE_SHAPES = {         # (frames, dim)
-    "mel": (505, 80),      # 1 + 64,600 // 128 frames of 80 mel bands
-    "xls-r-5": (201, 1024),  # what wav2vec 2.0's strides leave of 64,600 samples: one frame per 20 ms
-}
-CODECFAKE_SUBSETS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "A1", "A2", "A3")
-PARTS = {"codecfake": ("train", "dev", *CODECFAKE_SUBSETS), "19LA": ("train", "dev", "eval"), "ITW": ("all",)}
-SCORED = {                 # task -> {subset as score files name it: part of the corpus}
-    "19LA": {"19LA": "eval"},
-    "ITW": {"ITW": "all"},
-    "codecfake": {subset: subset for subset in CODECFAKE_SUBSETS},
-}
-LABEL_WORDS = {"codecfake": ("real", "fake"), "19LA": ("bonafide", "spoof"), "ITW": ("bonafide", "spoof")}
-
-
-class Trial(NamedTuple):           # a million of them are read in seconds; a frozen dataclass takes three times as long
-    """One row of a protocol."""
-
-    name: str      # as score files write it: with .wav in Codecfake, without extension elsewhere
-    path: str
-    label: int     # REAL or FAKE
-    source: str    # codec (F01..F07, L1..L3) or attack (A01..A19), "-" if real or unknown
-
-
-# ── Protocols ────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
-    """All rows of one part of a corpus, in the protocol's order.
-
-    Args:
-        task: "codecfake", "19LA" or "ITW".
-        root: the corpus folder, laid out as its authors release it.
-        part: one of PARTS[task].
-
-    Raises:
-        InputError: no such corpus there, a row that is not one (names the file and the row), or a recording that is both real
-            and fake.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the corpus's folder with -d")
-    collecting = gc.isenabled()
-    gc.disable()                       # a million new tuples would have it look through them all over and over
-    try:
-        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
-    finally:
-        if collecting:
-            gc.enable()
-    if not trials:
-        raise InputError(f"{protocol}: has no rows")
-    if len({trial.path for trial in trials}) < len(trials):      # the same row twice only counts twice, in training
-        _require_one_label_each(protocol, trials)
-    return trials
-
-
-def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
-    labels: dict[str, int] = {}
-    for trial in trials:
-        if labels.setdefault(trial.path, trial.label) != trial.label:
-            raise InputError(f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out")
-
-
-def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
-    """`name.wav real|fake tag`, or the two-column copies without the tag."""
-    names = [part, "L" + part[1]] if part[0] == "A" else [part]
-    protocol = _first_file(root, [f"label/{name}.txt" for name in names])
-    folders = [root / above / name for above in ("test", "") for name in names]
-    if part in ("train", "dev"):
-        folders = [root / part]
-    found = [f for f in folders if f.is_dir()]
-    folder = next((f for f in found if any(os.scandir(f))), (found or folders)[0])
-    folder = str(folder)               # formatting a Path a million times takes a second
-
-    trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
-    for row, fields in _rows(protocol):
-        if len(fields) not in (2, 3):
-            raise _bad_row(protocol, row, "`name.wav real|fake tag`", fields)
-        name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
-        label = _label(protocol, row, fields[1], words)
-        if tag not in sources:
-            sources[tag] = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
-        trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag]))
-    return protocol, trials
-
-
-def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
-    """`speaker utterance - attack key`."""
-    if not (root / "ASVspoof2019_LA_cm_protocols").is_dir() and (root / "LA").is_dir():
-        root = root / "LA"             # LA.zip unpacks into a folder LA of its own
-    kind = "trn" if part == "train" else "trl"
-    protocol = _first_file(root, [f"ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{kind}.txt"])
-    folder = str(root / f"ASVspoof2019_LA_{part}" / "flac")
-
-    trials, words = [], {"bonafide": REAL, "spoof": FAKE}
-    for row, fields in _rows(protocol):
-        if len(fields) != 5:
-            raise _bad_row(protocol, row, "`speaker utterance - attack key`", fields)
-        name = _plain_name(protocol, row, fields[1])
-        label = _label(protocol, row, fields[4], words)
-        attack = _plain_name(protocol, row, fields[3], "attack")
-        trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
-    return protocol, trials
-
-
-def _in_the_wild(root: Path, part: str) -> tuple[Path, list[Trial]]:
-    """The released `meta.csv`, or the reference's five-column `label.txt` with its audio in `wav/`."""
-    if not (root / "meta.csv").is_file() and (root / "release_in_the_wild").is_dir():
-        root = root / "release_in_the_wild"
-    protocol = _first_file(root, ["meta.csv", "label.txt"])
-    words = {"bona-fide": REAL, "bonafide": REAL, "spoof": FAKE}
-    trials = []
-    if protocol.name == "label.txt":
-        for row, fields in _rows(protocol):
-            if len(fields) != 5:
-                raise _bad_row(protocol, row, "five columns with the id in the 2nd and the label in the 5th", fields)
-            name = _plain_name(protocol, row, fields[1])
-            trials.append(Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-"))
-        return protocol, trials
-    for row, fields in _csv_rows(protocol):
-        if len(fields) != 3:
-            raise _bad_row(protocol, row, "`file,speaker,label`", fields)
-        file = _plain_name(protocol, row, fields[0].strip())
-        label = _label(protocol, row, fields[2].strip(), words)
-        trials.append(Trial(Path(file).stem, f"{root}/{file}", label, "-"))
-    return protocol, trials
-
-
-def find_missing(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials whose audio file is not there. Lists each folder once instead of asking file by file."""
-    present: dict[str, set[str]] = {}
-    missing = []
-    for trial in trials:
-        folder, _, file = trial.path.rpartition("/")
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file not in present[folder]:
-            missing.append(trial)
-    return missing
-
-
-def describe_missing(missing: Sequence[Trial], n_trials: int) -> str:
-    """One line: how many of the protocol's files are absent, where, and the first names."""
-    folders = sorted({trial.path.rpartition("/")[0] for trial in missing})
-    first = ", ".join(trial.path.rpartition("/")[2] for trial in missing[:3])
-    return f"{len(missing)} of {n_trials} files named by the protocol are not in {' or '.join(folders[:3])} (first: {first})"
-
-
-def _first_file(root: Path, candidates: list[str]) -> Path:
-    for candidate in candidates:
-        if (root / candidate).is_file():
-            return root / candidate
-    raise InputError(f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout nor that "
-                     "part of it; give the corpus's folder with -d (README, Data)")
-
-
-LONGEST_ROW = 4_096        # characters; no real protocol comes near it
-
-
-def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
-    """(row number from 1, line) of every row that is not blank. Never holds more than LONGEST_ROW of one."""
-    row = 0
-    with open(protocol, encoding="utf-8-sig", newline=None) as file:
-        try:
-            while line := file.readline(LONGEST_ROW + 1):
-                row += 1
-                if len(line) > LONGEST_ROW:
-                    raise InputError(f"{protocol}:{row}: expected a protocol row, got a line of over {LONGEST_ROW} characters")
-                if line.strip():
-                    yield row, line.rstrip("\n")
-        except UnicodeDecodeError:
-            raise InputError(f"{protocol}: not a text file (row {row + 1} or after is not UTF-8)") from None
-
-
-def _rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
-    return ((row, line.split()) for row, line in _lines(protocol))
-
-
-def _csv_rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows of `meta.csv` below its header; a first row that is data is kept as data."""
-    for row, line in _lines(protocol):
-        try:
-            fields = next(csv.reader([line], strict=True))       # each line by itself: a stray quote must not swallow the next
-        except csv.Error as error:
-            raise InputError(f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})") from None
-        if [field.strip() for field in fields] != ["file", "speaker", "label"]:
-            yield row, fields
-
-
-def _plain_name(protocol: Path, row: int, name: str, what: str = "file name") -> str:
-    """The name, once it is sure to stay inside the corpus's folder and to drive no terminal."""
-    if not name or "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():
-        raise InputError(f"{protocol}:{row}: expected a plain {what}, got {name[:60]!r}")
-    return name
-
-
-def _label(protocol: Path, row: int, word: str, words: dict[str, int]) -> int:
-    if word not in words:
-        raise InputError(f"{protocol}:{row}: expected the label {' or '.join(words)}, got {word[:60]!r}")
-    return words[word]
-
-
-def _bad_row(protocol: Path, row: int, expected: str, fields: list[str]) -> InputError:
-    return InputError(f"{protocol}:{row}: expected {expected}, got {len(fields)} columns: {' '.join(fields)[:80]!r}")
+__all__ = ["CLIP_SAMPLES", "FAKE", "FEATURE_SHAPES", "REAL", "SAMPLE_RATE", "Trial", "load_clip", "read_protocol"]
 
 
 # ── Clips ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def load_clip(path: str | Path) -> Tensor:
-    """Read an audio file as the (64600,) float32 clip that every front end takes.
-
-    Mono (mean of channels), 16 kHz, integer formats scaled to [-1, 1), nothing clamped; the first
-    64,600 samples, a shorter recording repeated end to end and cut.
-
-    Raises:
-        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file announces, or samples, of those
-            that are used, that are not finite.
-    """
-    return _load_clip(path)[0]
-
-
-def _load_clip(path: str | Path) -> tuple[Tensor, int]:
-    """The clip and the file's own sampling rate in Hz."""
-    samples, rate = _read_start(path)
-    if rate != SAMPLE_RATE:
-        samples = resample(samples, rate)
-    if not torch.isfinite(samples).all():
-        raise InputError(f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute with); repair the file or "
-                         "take it out")
-    copies = -(-CLIP_SAMPLES // len(samples))
-    return samples.repeat(copies)[:CLIP_SAMPLES].contiguous(), rate
-
-
-def _read_start(path: str | Path) -> tuple[Tensor, int]:
-    """As many mono samples, at the file's own rate, as a clip is made of."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):   # opening a named pipe would wait for ever
-            raise InputError(f"{path}: expected an audio file, found something that is not a regular file")
-        with soundfile.SoundFile(os.fsencode(path)) as file:      # names need not be UTF-8
-            if not 1 <= file.samplerate <= FASTEST_RATE:
-                raise InputError(f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got {file.samplerate}")
-            wanted = _samples_needed(file.samplerate)
-            step = max(1, 2**20 // file.channels)     # bounds memory, whatever channel count a header claims
-            blocks = []
-            while wanted > 0 and len(block := file.read(min(step, wanted), dtype="float32", always_2d=True)):
-                with np.errstate(over="ignore", invalid="ignore"):       # what comes of it is refused by name
-                    blocks.append(block.mean(axis=1))
-                wanted -= len(block)
-            rate = file.samplerate
-            if wanted > 0:                            # a longer file may be cut wherever it likes, the clip is the same
-                _require_whole(path, file.extra_info)
-    except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:     # TypeError: headerless .raw
-        reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        raise InputError(f"{path}: cannot be read as audio ({reason}); fetch the file again or take it out") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if not blocks:
-        raise InputError(f"{path}: expected audio, found no samples in it; fetch the file again or take it out")
-    return torch.from_numpy(np.concatenate(blocks)), rate
-
-
-# What libsndfile reports of the chunk with the samples, in WAV, AIFF and AU.
-ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-NO_LENGTH = 2**31 - 2**16  # bytes; what writes into a pipe announces this much or more
-SLACK = 128                # bytes; some writers count the header
-
-
-def _require_whole(path: str | Path, report: str) -> None:
-    """Raises InputError where a header announces more samples than the file holds, as after a broken copy."""
-    for announced, found in ANNOUNCED.findall(report):
-        if int(found) + SLACK < int(announced) < NO_LENGTH:
-            raise InputError(f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch the file again or take it out")
-
-
-# librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its documentation gives them).
-ZERO_CROSSINGS, ROLLOFF, KAISER_BETA = 64, 0.9475937167399596, 14.769656459379492
-FASTEST_RATE = 768_000     # Hz; converters go no higher, and the filter's length grows with the rate
-LARGEST_KERNEL = 2**22     # weights; only odd rates such as 44,101 Hz need more than a few thousand
-
-
-def resample(samples: Tensor, rate: int) -> Tensor:
-    """Band-limited interpolation of (n,) float32 from `rate` Hz to (ceil(16000 n / rate),) at 16 kHz."""
-    common = math.gcd(rate, SAMPLE_RATE)
-    phases, period = SAMPLE_RATE // common, rate // common
-    if phases * (2 * _filter_reach(rate) + period) > LARGEST_KERNEL:
-        return _resample_directly(samples, rate)
-    return _resampler(rate)(samples)
-
-
-@lru_cache(maxsize=16)
-def _resampler(rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE, resampling_method="sinc_interp_kaiser",
-                                          lowpass_filter_width=ZERO_CROSSINGS, rolloff=ROLLOFF, beta=KAISER_BETA)
-
-
-def _resample_directly(samples: Tensor, rate: int) -> Tensor:
-    """The same windowed sinc, evaluated at each output instant.
-
-    A rate without a small ratio to 16 kHz would need a polyphase kernel of gigabytes.
-    """
-    cutoff = min(rate, SAMPLE_RATE) * ROLLOFF                    # Hz, twice the band that is kept
-    reach = _filter_reach(rate)
-    padded = torch.nn.functional.pad(samples.double(), (reach, reach + 1))
-    taps = torch.arange(-reach, reach + 1)
-    out = []
-    for instants in torch.arange(math.ceil(len(samples) * SAMPLE_RATE / rate)).split(1024):
-        centre = instants * rate // SAMPLE_RATE                  # the input sample at or before each instant
-        index = centre[:, None] + taps                           # (n, 2 * reach + 1)
-        offset = index.double() / rate - instants[:, None].double() / SAMPLE_RATE  # seconds
-        crossings = (offset * cutoff).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
-        window = torch.special.i0(KAISER_BETA * torch.sqrt(1 - (crossings / ZERO_CROSSINGS) ** 2))
-        weights = torch.sinc(crossings) * window * (cutoff / rate / np.i0(KAISER_BETA))
-        out.append((padded[index + reach] * weights).sum(dim=1))
-    return torch.cat(out).float()
-
-
-def _filter_reach(rate: int) -> int:
-    """Input samples the interpolation filter reaches to either side."""
-    return math.ceil(ZERO_CROSSINGS * rate / (min(rate, SAMPLE_RATE) * ROLLOFF))
-
-
-def _samples_needed(rate: int) -> int:
-    """Input samples that decide the first 64,600 output samples."""
-    if rate == SAMPLE_RATE:
-        return CLIP_SAMPLES
-    return math.ceil(CLIP_SAMPLES * rate / SAMPLE_RATE) + _filter_reach(rate) + rate // math.gcd(rate, SAMPLE_RATE)
 
 
 @dataclass(frozen=True)
@@ -389,7 +60,7 @@ class _Clips(torch.utils.data.Dataset):
         for row in rows:
             mine[1] = row
             try:
-                clip, rate = _load_clip(self.paths[row])
+                clip, rate = audio._load_clip(self.paths[row])
             except InputError as error:
                 failures[row] = str(error)
                 continue
@@ -459,6 +130,189 @@ def describe_rates(rates: Counter) -> str | None:
         return None
     counts = ", ".join(f"{rate} Hz ({count} files)" for rate, count in sorted(rates.items()))
     return f"note: sampling rates are mixed: {counts}; everything is resampled to {SAMPLE_RATE} Hz"
+
+
+# ── Features ─────────────────────────────────────────────────────────────────────────────────────
+
+
+class Features(Protocol):
+    """What training reads from: one corpus part, or several as one."""
+
+    folder: str
+    names: Sequence[str]
+    labels: np.ndarray                 # (N,) int64, REAL or FAKE
+    shape: tuple[int, int]             # (frames, dim)
+    front_end: dict[str, Any]          # what made it; the reference's files record only the feat
+    about: dict[str, Any]              # recorded beside it, not compared: where the weights came from, versions
+    dtype: str                         # one of DTYPES
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features (B, frames, dim) float16 or float32, labels (B,). Raises InputError naming a damaged row."""
+
+
+class ReferenceFeatures:
+    """A folder of the reference's own files, one pickled tensor a clip.
+
+    `%06d_<name>_<real|fake>.pt` for Codecfake, `%05d_<utterance>_<attack>_<bonafide|spoof>.pt` for 19LA: names
+    hold underscores of their own, so the label is what follows the last one.
+    """
+
+    _NAME = re.compile(r"\d+_(.+)_(real|fake|bonafide|spoof)\.pt")
+    _LARGEST = 2**22       # bytes; the reference's own take 824,774
+
+    def __init__(self, folder: str | Path, feat: str):
+        self.folder, self.front_end, self.about, self.shape, self.dtype = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat], "float32"
+        self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
+        matches = [self._NAME.fullmatch(name) for name in self.files]
+        if None in matches:
+            raise InputError(f"{folder}/{self.files[matches.index(None)]}: expected the reference's "
+                             "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof")
+        self.names = [match[1] for match in matches]
+        self.labels = np.array([REAL if match[2] in ("real", "bonafide") else FAKE for match in matches], dtype=np.int64)
+
+    def require_complete(self) -> None:
+        """The reference's folders do not say how many files belong to them."""
+
+    def check_protocol(self, trials: Sequence[Trial]) -> None:
+        """Raise InputError where a file is of no trial or has another label."""
+        labels = {trial.name: trial.label for trial in trials}
+        for file, name, label in zip(self.files, self.names, self.labels):
+            utterance = name if name in labels else name.rpartition("_")[0]    # 19LA's carry the attack behind the name
+            if labels.get(utterance) != label:
+                raise InputError(f"{self.folder}/{file}: the protocol given with -d has no such trial with that label")
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]), \
+            torch.from_numpy(self.labels[rows])
+
+    def _read_file(self, path: str) -> Tensor:
+        if os.path.getsize(path) > self._LARGEST:
+            raise InputError(f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes")
+        tensor = torch_files.load(path)
+        frames, dim = self.shape
+        # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201, 1024).
+        expected = (1, dim, frames) if self.front_end["feat"] == "mel" else (1, frames, dim)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise InputError(f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}")
+        feature = tensor[0].detach().float()
+        feature = feature.T if self.front_end["feat"] == "mel" else feature
+        if not torch.isfinite(feature).all():
+            raise InputError(f"{path}: holds values that are not finite; make the file again or take it out")
+        return feature.contiguous()
+
+
+class JoinedFeatures:
+    """Several parts as one; rows of the second are numbered on from the first's."""
+
+    def __init__(self, parts: Sequence[FeatureCache | ReferenceFeatures]):
+        self.parts = list(parts)
+        self.sizes = [len(part.labels) for part in parts]
+        self.shape, self.front_end, self.about = parts[0].shape, parts[0].front_end, parts[0].about
+        self.folder = " + ".join(part.folder for part in parts)
+        self.labels = np.concatenate([part.labels for part in parts])
+        self._starts = np.cumsum([0, *self.sizes])
+
+    def name(self, row: int) -> str:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self.parts[part].names[row - self._starts[part]]
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        which = np.searchsorted(self._starts, rows, side="right") - 1
+        if (which == which[0]).all():
+            return self.parts[which[0]].read(rows - self._starts[which[0]])
+        features = torch.empty(len(rows), *self.shape)
+        for number, part in enumerate(self.parts):
+            mine = np.flatnonzero(which == number)
+            if len(mine):
+                features[mine] = part.read(rows[mine] - self._starts[number])[0].float()
+        return features, torch.from_numpy(self.labels[rows])
+
+
+def open_features(root: str | Path, part: str, feat: str) -> FeatureCache | ReferenceFeatures:
+    """The complete features of one part, ours or the reference's.
+
+    Raises:
+        InputError: none there, not finished, or made with another front end.
+    """
+    folder = Path(root) / part / feat
+    if not folder.is_dir():
+        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
+        found = f"found {', '.join(others)} there" if others else f"found no features under {folder.parent}"
+        raise InputError(f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
+                         "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/")
+    if (folder / "cache.json").exists():
+        features = FeatureCache(folder)
+    elif any(name.endswith(".pt") for name in os.listdir(folder)):
+        features = ReferenceFeatures(folder, feat)
+    else:
+        raise InputError(f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py")
+    features.require_complete()
+    if features.front_end["feat"] != feat or features.shape[0] != FEATURE_SHAPES[feat][0]:
+        raise InputError(f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}")
+    if not len(features.labels):
+        raise InputError(f"{folder}: holds no readable row")
+    return features
+
+
+def read_ahead(features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of each batch in order, read by `threads` threads while the caller computes.
+
+    Threads, not processes: reading and checking release the interpreter, and nothing has to be copied
+    between processes. 0 reads in the caller's own thread. Pinned features reach a GPU while it computes.
+    """
+    def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        found, labels = features.read(rows)
+        return found.pin_memory() if pin else found, labels
+
+    if threads == 0:
+        for rows in batches:
+            cli.stop_if_asked()
+            yield read(rows)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque = deque()
+        try:
+            for rows in batches:
+                cli.stop_if_asked()
+                waiting.append(pool.submit(read, rows))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for task in waiting:
+                task.cancel()
+
+
+def common_front_end(parts: Sequence[Any]) -> dict[str, Any]:
+    """What made all the features; the reference's files, which record less, agree with what they do not contradict."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.front_end.items():
+            if merged.setdefault(key, value) != value:
+                raise InputError(f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
+                                 "train on features of one front end")
+    return merged
+
+
+def check_origin(args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]) -> None:
+    """Hold the features against --ssl and -d where they are given."""
+    shape = FEATURE_SHAPES[args.feat]
+    for features in sets.values():
+        if features.shape != shape:
+            raise InputError(f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
+                             "they were made with wav2vec 2.0 weights of another size")
+    if args.ssl and args.feat != "mel":
+        for key, value in load_frontend(args.feat, args.ssl).fingerprint().items():
+            if front_end.get(key, value) != value:
+                raise InputError(f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}")
+    if args.path_to_database:
+        for part, features in sets.items():
+            for task, own in zip(("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,), features.parts):
+                folder = {"codecfake": "Codecfake", "19LA": "LA"}[task] if args.train_task == "co-train" else "."
+                trials = read_protocol(task, args.path_to_database / folder, part)
+                own.check_protocol(trials)
 
 
 # ── The order of training ────────────────────────────────────────────────────────────────────────

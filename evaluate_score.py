@@ -18,16 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import analyses
-import bootstrap
-import cli
-import eval_metrics
-import evaluation
-import paper_tables
-import tables
-from cli import InputError
-from evaluation import SUBSETS, TASKS, Model, Result
-from tables import Table
+from evaluation import analyses, bootstrap, paper_tables, tables
+from evaluation.results import SUBSETS, TASKS, Model, Result, evaluate, find_models
+from evaluation.tables import Table
+from formats import score_files
+from runtime import cli, files
+from runtime.cli import InputError
 
 FORMATS = ("table", "markdown", "csv", "json", "latex")
 
@@ -94,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         show([table], records, args.format)
         return
     if args.plot:
-        import plots
+        from evaluation import plots
         plots.check_extension(args.plot)
-    models = evaluation.find_models(args.result_folder, subsets)
+    models = find_models(args.result_folder, subsets)
     labels = check_protocols(args, models) if args.path_to_database else {}
     n_resamples = 0 if args.no_ci else args.resamples
-    results = [result for model in models for result in evaluation.evaluate(model, n_resamples, args.seed)]
+    results = [result for model in models for result in evaluate(model, n_resamples, args.seed)]
     found = make_tables(args, models, results, subsets, labels)
     if args.export_asvspoof5:
         export_asvspoof5(results, Path(args.export_asvspoof5))
@@ -117,9 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def pick_model(name: str, folders: Sequence[str], subsets: Sequence[str]) -> Model:
     """The model in a folder, or of that name in the result folders."""
     if Path(name).is_dir():
-        models = [model for model in evaluation.find_models([name], subsets) if model.folder == Path(name)]
+        models = [model for model in find_models([name], subsets) if model.folder == Path(name)]
     else:
-        models = [model for model in evaluation.find_models(folders, subsets) if model.name == name]
+        models = [model for model in find_models(folders, subsets) if model.name == name]
     if not models:
         raise InputError(f"--compare: {name}: expected a folder of score files, or the name of a model in {' or '.join(folders)}")
     return models[0]
@@ -149,7 +145,7 @@ def make_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequ
     if not args.no_ci and args.format != "csv":
         found.append(tables.interval_table(results, args.resamples, args.seed))
     if args.metrics:
-        asv = eval_metrics.read_asv_scores(args.asv_scores) if args.asv_scores else None
+        asv = score_files.read_asv_scores(args.asv_scores) if args.asv_scores else None
         inputs = analyses.MetricInputs(asv, args.threshold_from, args.calibrate)
         found.append(analyses.metrics_table(models, results, inputs))
     if args.by:
@@ -162,7 +158,7 @@ def make_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequ
 
 def draw(kind: str, results: Sequence[Result], n_resamples: int, seed: int):
     """The figure that --plot writes."""
-    import plots
+    from evaluation import plots
 
     if kind == "det":
         return plots.det_plot(results, plots.det_bands(results, seed=seed) if n_resamples else None)
@@ -172,8 +168,7 @@ def draw(kind: str, results: Sequence[Result], n_resamples: int, seed: int):
 
 
 def make_report(args: argparse.Namespace, found: Sequence[Table], results: Sequence[Result], command: Sequence[str]) -> None:
-    import plots
-    import report
+    from evaluation import plots, report
 
     n_resamples = 0 if args.no_ci else args.resamples
     shaded = ", 95 % intervals shaded" if n_resamples else ""
@@ -193,7 +188,7 @@ def export_asvspoof5(results: Sequence[Result], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         name = f"{result.model}_{result.subset}.tsv".replace("/", "_")
-        with cli.replacing(folder / name) as file:
+        with files.replacing(folder / name) as file:
             file.write("filename\tcm-score\n")
             file.writelines(f"{trial}\t{score!r}\n" for trial, score in zip(result.trials.names, result.trials.scores.tolist()))
 

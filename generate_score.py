@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import shlex
 import sys
 import zlib
 from collections import Counter
@@ -30,13 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import dataset
-import eval_metrics
+import frontends
 import model
-import ranks
-from cli import InputError
 from dataset import FAKE, REAL, Trial
+from formats import protocols, score_files, torch_files
+from runtime import cli, devices, files, ranks
+from runtime.cli import InputError
 
 CORPUS_FOLDERS = {"19LA": Path("data/LA"), "ITW": Path("data/ITW"), "codecfake": Path("data/Codecfake")}
 RECORDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf"}
@@ -48,11 +46,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-t", "--task", choices=(*CORPUS_FOLDERS, "audio"), required=True, help="what to score")
     parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="the corpus (default: data/Codecfake, data/LA or data/ITW)")
     parser.add_argument("--path", type=Path, nargs="+", metavar="FILE|FOLDER", help="recordings of -t audio")
-    parser.add_argument("--subset", nargs="+", choices=dataset.CODECFAKE_SUBSETS, help="only these subsets of -t codecfake")
+    parser.add_argument("--subset", nargs="+", choices=protocols.CODECFAKE_SUBSETS, help="only these subsets of -t codecfake")
     parser.add_argument("--model_folder", type=Path, nargs="+", default=[Path("models/try")], metavar="DIR", help="trained or released heads (default: models/try)")
     parser.add_argument("--result_folder", type=Path, metavar="DIR", help="where score files go (default: result; -t audio writes none unless given)")
     parser.add_argument("--ssl", metavar="ID|DIR", help="wav2vec 2.0 weights (default: those the head was trained with)")
-    parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic (default: %(default)s)")
+    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32", help="arithmetic (default: %(default)s)")
     parser.add_argument("--llr", action="store_true", help="write the difference of the logits, which does not saturate, instead of the probability")
     parser.add_argument("--overwrite", action="store_true", help="score subsets again whose score files are there")
     parser.add_argument("--skip_missing", action="store_true", help="go on without audio that is absent or unreadable; it is listed beside the scores")
@@ -104,17 +102,17 @@ class Scorer:
     """
 
     def __init__(self, args: argparse.Namespace, heads: dict[str, torch.nn.Module]):
-        self.device = model.pick_device(ranks.gpu(args.gpu))
+        self.device = devices.pick_device(ranks.gpu(args.gpu))
         self.precision = args.precision
-        model.set_precision(args.precision, self.device)
+        devices.set_precision(args.precision, self.device)
         self.batch_size = args.batch_size or (32 if self.device.type == "cuda" else 8)
         self.heads = [head.to(self.device) for head in heads.values()]
-        self.front_ends: dict[tuple[str, str | None], model.FrontEnd] = {}
+        self.front_ends: dict[tuple[str, str | None], frontends.FrontEnd] = {}
         self.front_end_of = [self._front_end(name, head, args.ssl) for name, head in heads.items()]
 
     def _front_end(self, name: str, head: torch.nn.Module, ssl: str | None) -> tuple[str, str | None]:
         """The key of the head's front end, loaded once and held against what the head was trained on."""
-        source = None if head.feat == "mel" else ssl or head.info.get("ssl") or model.DEFAULT_SSL
+        source = None if head.feat == "mel" else ssl or head.info.get("ssl") or frontends.DEFAULT_SSL
         key = head.feat, source
         if key not in self.front_ends:
             self.front_ends[key] = model.load_frontend(head.feat, source, self.precision).to(self.device)
@@ -128,10 +126,10 @@ class Scorer:
     @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
-        with model.memory_advice(self.batch_size):
-            full = model.filled_up(clips, self.batch_size, self.device)
+        with devices.memory_advice(self.batch_size):
+            full = devices.filled_up(clips, self.batch_size, self.device)
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
-            with model.autocast(self.precision, self.device):
+            with devices.autocast(self.precision, self.device):
                 found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
         return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
 
@@ -259,12 +257,12 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
     """Every subset asked for, its audio looked up before anything is computed."""
-    wanted = {name: part for name, part in dataset.SCORED[args.task].items() if not args.subset or name in args.subset}
+    wanted = {name: part for name, part in protocols.SCORED[args.task].items() if not args.subset or name in args.subset}
     subsets = []
     for name, part in wanted.items():
         trials = dataset.read_protocol(args.task, args.path_to_database, part)
-        eval_metrics.check_names(f"{args.path_to_database}, {name}", [trial.name for trial in trials])
-        missing = ranks.from_first(lambda: dataset.find_missing(trials))
+        score_files.check_names(f"{args.path_to_database}, {name}", [trial.name for trial in trials])
+        missing = ranks.from_first(lambda: protocols.find_missing(trials))
         absent = set(missing)
         present = [trial for trial in trials if trial not in absent]
         if missing:
@@ -279,7 +277,7 @@ def explain_missing(args: argparse.Namespace, name: str, trials: list[Trial], pr
         cli.say(f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
               "alone, so it will have no EER")
         return
-    line = f"{name}: {dataset.describe_missing(missing, len(trials))}"
+    line = f"{name}: {protocols.describe_missing(missing, len(trials))}"
     if not present or not args.skip_missing:
         advice = "leave the subset out with --subset" if args.task == "codecfake" else "give the corpus's folder with -d"
         raise InputError(f"{line}; fetch them, {advice}" + (", or go on without them with --skip_missing" if present else ""))
@@ -288,23 +286,18 @@ def explain_missing(args: argparse.Namespace, name: str, trials: list[Trial], pr
 
 def scores_of(head: torch.nn.Module, args: argparse.Namespace) -> str:
     """What a score file of this run holds, in words that differ where it would."""
-    return f"{'logit differences' if args.llr else 'probabilities'} of the weights {model.digest(head)[:16]}"
+    return f"{'logit differences' if args.llr else 'probabilities'} of the weights {torch_files.digest(head)[:16]}"
 
 
 def require_same_scores(folder: Path, scores: str, wanted: Sequence[str], overwrite: bool) -> None:
     """Refuse to take another model's score files for these, and say so where they lie beside them."""
-    eval_metrics.read_checksums(folder)                # damaged, it would be found only after hours
-    others = {file: held for file, held in made_of(folder).items() if held != scores and (folder / file).exists()}
+    score_files.read_checksums(folder)                # damaged, it would be found only after hours
+    others = {file: held for file, held in score_files.made_of(folder).items() if held != scores and (folder / file).exists()}
     for file, held in others.items():
         if file in wanted and not overwrite:
             raise InputError(f"{folder / file}: holds {held}, asked for are {scores}; give another --result_folder, or --overwrite")
     if left := [file for file in others if file not in wanted]:
         cli.say(f"note: {folder}: {', '.join(left)} there hold {others[left[0]]}, not {scores} as what is written now")
-
-
-def made_of(folder: Path) -> dict[str, str]:
-    """What each score file in the folder holds, as far as generate_score.py recorded it."""
-    return eval_metrics.read_provenance(folder, "made_of")
 
 
 def finished(subset: str, folders: Sequence[Path]) -> bool:
@@ -315,37 +308,28 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
                  head: torch.nn.Module, scores: str) -> None:
     """The score file, the list of rows it lacks if it lacks any, and where it comes from."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = dataset.LABEL_WORDS[args.task]
+    words = protocols.LABEL_WORDS[args.task]
     kept = [row for row in range(len(subset.trials)) if row not in failures]
     lacking = folder / f"{subset.name}_missing.txt"
     if len(kept) == len(subset.trials) and not subset.absent:
         lacking.unlink(missing_ok=True)
     else:
-        with cli.replacing(lacking) as file:
+        with files.replacing(lacking) as file:
             file.writelines(f"{trial.name} absent\n" for trial in subset.absent)
             file.writelines(f"{subset.trials[row].name} {cli.printable(reason)}\n" for row, reason in sorted(failures.items()))
     path = folder / f"{subset.name}_result.txt"
-    text = eval_metrics.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
+    text = score_files.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
                                       [words[subset.trials[row].label] for row in kept])
-    if made_of(folder).get(path.name, scores) != scores:
+    if score_files.made_of(folder).get(path.name, scores) != scores:
         path.unlink(missing_ok=True)   # no kill may leave it under the name of these weights
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
-    write_provenance(folder, args, head, scores, path.name, hashlib.sha256(text.encode()).hexdigest())
-    with cli.replacing(path) as file:
+    about = {"head": head.name, "feat": head.feat, "scores": "logit difference" if args.llr else "softmax(logits)[real]",
+             "precision": args.precision, "torch": str(torch.__version__), "model": head.info}
+    score_files.write_provenance(folder, about, scores, path.name, hashlib.sha256(text.encode()).hexdigest())
+    with files.replacing(path) as file:
         file.write(text)
     count = len(subset.absent) + len(failures)
     cli.say(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
-
-
-def write_provenance(folder: Path, args: argparse.Namespace, head: torch.nn.Module, scores: str, score_file: str, sha256: str) -> None:
-    """What made the scores, and their checksums, which evaluate_score.py holds them against."""
-    checksums = eval_metrics.read_checksums(folder) | {score_file: sha256}
-    about = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "head": head.name, "feat": head.feat,
-             "scores": "logit difference" if args.llr else "softmax(logits)[real]", "precision": args.precision,
-             "torch": str(torch.__version__), "model": head.info,
-             "sha256": checksums, "made_of": made_of(folder) | {score_file: scores}}
-    with cli.replacing(folder / eval_metrics.PROVENANCE) as file:
-        json.dump(about, file, indent=1)
 
 
 # ── A person's own recordings ────────────────────────────────────────────────────────────────────
@@ -364,8 +348,8 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
         if args.result_folder:
             folder = args.result_folder / name if len(heads) > 1 else args.result_folder
             folder.mkdir(parents=True, exist_ok=True)
-            eval_metrics.write_scores(folder / "audio_result.txt", [quote(os.fsencode(paths[row])) for row in kept],
-                                      to_scores(logits[kept, number], args.llr), [eval_metrics.UNLABELLED] * len(kept))
+            score_files.write_scores(folder / "audio_result.txt", [quote(os.fsencode(paths[row])) for row in kept],
+                                      to_scores(logits[kept, number], args.llr), [score_files.UNLABELLED] * len(kept))
             cli.say(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
         for reason in failures.values():

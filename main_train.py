@@ -34,16 +34,14 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import cli
 import dataset
 import eval_metrics
 import model
-import ranks
-import torch_files
-from cli import InputError
-from dataset import FAKE, REAL
-from feature_cache import JoinedFeatures, open_features, read_ahead
-from synced_batchnorm import sync_batchnorms
+from dataset import FAKE, REAL, JoinedFeatures, open_features, read_ahead
+from formats import torch_files
+from runtime import cli, devices, files, ranks
+from runtime.cli import InputError
+from runtime.ranks import sync_batchnorms
 
 CLASS_WEIGHTS = (10.0, 1.0)        # real, fake: Codecfake has six fakes a real clip
 STATE_FORMAT = "codecfake-state-1"
@@ -77,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
                        ("CSAM", "SAM with both corpora in every batch; co-train only")):
         parser.add_argument(f"--{name}", type=cli.switch, nargs="?", const=True, default=False, metavar="True|False", help=text)
     parser.add_argument("--rho", type=float, default=0.05, help="radius of SAM's neighbourhood (default: %(default)s)")
-    parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the head (default: %(default)s)")
+    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32", help="arithmetic of the head (default: %(default)s)")
     parser.add_argument("--continue_training", type=cli.switch, nargs="?", const=True, default=False, metavar="True|False",
                         help="go on with the run in --out_fold")
     cli.add_compute_options(parser, "clips a step, of all processes together (default: %(default)s)", batch_size=128)
@@ -98,13 +96,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    device = model.pick_device(ranks.gpu(args.gpu))
-    model.set_precision(args.precision, device)
+    device = devices.pick_device(ranks.gpu(args.gpu))
+    devices.set_precision(args.precision, device)
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
     train, dev = open_corpora(args, "train"), open_corpora(args, "dev")
-    front_end = common_front_end([*train.parts, *dev.parts])
-    check_origin(args, front_end, {"train": train, "dev": dev})
+    front_end = dataset.common_front_end([*train.parts, *dev.parts])
+    dataset.check_origin(args, front_end, {"train": train, "dev": dev})
     with ranks.only_one(args.out_fold), ranks.process_group(device):
         run = Run(args, head, device, settings_of(args, front_end, train, dev), ssl=train.about.get("ssl"))
         run.start()
@@ -122,37 +120,6 @@ def open_corpora(args: argparse.Namespace, part: str) -> JoinedFeatures:
     roots = {"codecfake": [args.path_to_features], "19LA": [args.path_to_features1],
              "co-train": [args.path_to_features, args.path_to_features1]}[args.train_task]
     return JoinedFeatures([open_features(root, part, args.feat) for root in roots])
-
-
-def common_front_end(parts: Sequence[Any]) -> dict[str, Any]:
-    """What made all the features; the reference's files, which record less, agree with what they do not contradict."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.front_end.items():
-            if merged.setdefault(key, value) != value:
-                raise InputError(f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
-                                 "train on features of one front end")
-    return merged
-
-
-def check_origin(args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]) -> None:
-    """Hold the features against --ssl and -d where they are given."""
-    shape = dataset.FEATURE_SHAPES[args.feat]
-    for features in sets.values():
-        if features.shape != shape:
-            raise InputError(f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
-                             "they were made with wav2vec 2.0 weights of another size")
-    if args.ssl and args.feat != "mel":
-        for key, value in model.load_frontend(args.feat, args.ssl).fingerprint().items():
-            if front_end.get(key, value) != value:
-                raise InputError(f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}")
-    if args.path_to_database:
-        for part, features in sets.items():
-            for task, own in zip(("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,), features.parts):
-                folder = {"codecfake": "Codecfake", "19LA": "LA"}[task] if args.train_task == "co-train" else "."
-                trials = dataset.read_protocol(task, args.path_to_database / folder, part)
-                own.check_protocol(trials)
-
 
 def settings_of(args: argparse.Namespace, front_end: dict[str, Any], train: JoinedFeatures, dev: JoinedFeatures) -> dict[str, Any]:
     """All that shapes the weights. A run is only taken up again with the same."""
@@ -198,7 +165,7 @@ def train_step(head: nn.Module, optimiser: torch.optim.Optimizer, features: Tens
 
 
 def batch_loss(head: nn.Module, features: Tensor, labels: Tensor, precision: str, weight: float | None = None) -> Tensor:
-    with model.autocast(precision, features.device):
+    with devices.autocast(precision, features.device):
         logits = head(features)[1]
     return weighted_cross_entropy(logits, labels, weight)
 
@@ -310,7 +277,7 @@ class Run:
     def record_settings(self) -> None:
         about = {"settings": self.settings, "labels": {"real": REAL, "fake": FAKE}, "class_weights": CLASS_WEIGHTS,
                  "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "device": str(self.device), "processes": ranks.size(), "versions": versions()}
-        with cli.replacing(self.folder / "settings.json") as file:
+        with files.replacing(self.folder / "settings.json") as file:
             json.dump(about, file, indent=1)
 
     def train_and_record(self, epoch: int, train: JoinedFeatures, dev: JoinedFeatures) -> None:
@@ -357,7 +324,7 @@ class Run:
         """One update from this rank's share of the batch of these rows."""
         count = len(ranks.share(rows))
         weight = float(torch.tensor(CLASS_WEIGHTS)[torch.from_numpy(train.labels[rows])].sum())
-        with model.memory_advice(self.args.batch_size):
+        with devices.memory_advice(self.args.batch_size):
             features, labels = features[:count].to(self.device, non_blocking=True).float(), labels[:count].to(self.device)
             loss = float(ranks.mean(train_step(self.network, self.optimiser, features, labels, self.sharpness, self.args.precision,
                                                weight if ranks.size() > 1 else None)))
@@ -397,7 +364,7 @@ class Run:
                     curves.add_scalar(name, record[name], record["epoch"])
 
     def write_log(self) -> None:
-        with cli.replacing(self.folder / "log.jsonl") as file:
+        with files.replacing(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.history)
 
     def save_state(self) -> None:
@@ -466,7 +433,7 @@ def evaluate(head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, dev
     logits = np.zeros((len(rows), 2))
     with tqdm(zip(read_ahead(dev, shares, args.num_workers), shares), total=len(shares), unit="step", desc="dev", leave=False,
               disable=not ranks.is_first()) as steps, \
-            model.memory_advice(args.batch_size), model.autocast(args.precision, device):
+            devices.memory_advice(args.batch_size), devices.autocast(args.precision, device):
         for (features, _), share in steps:
             logits[share] = head(features.to(device).float())[1].float().cpu()
     logits = torch.from_numpy(sum(ranks.gather(logits)))         # each row is zero on all ranks but one

@@ -1,4 +1,4 @@
-"""Networks and weights: the two front ends, the two heads, and checkpoints, both ends.
+"""The two heads, LCNN and AASIST, and their checkpoints, both ends.
 
     python model.py RELEASED.pt -o OUT.pt       # turn a released weight file into our format
 
@@ -8,244 +8,23 @@ network has a quirk that the weights depend on, a comment says so.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 
-import cli
-import torch_files
-from cli import InputError
-from dataset import CLIP_SAMPLES, FEATURE_SHAPES, SAMPLE_RATE
-from xlsr import TimeMajorEncoder
+from formats import torch_files
+from formats.torch_files import RELEASED_CLASSES, _foreign_weights
+from frontends import FEATURE_SHAPES, load_frontend
+from runtime import cli
+from runtime.cli import InputError
 
-DEFAULT_SSL = "facebook/wav2vec2-xls-r-300m"
-LAYER = 5                  # hidden state that the heads see; entry 0 is what enters the first block
-PRECISIONS = ("fp32", "tf32", "bf16")
+__all__ = ["HEADS", "LCNN", "W2VAASIST", "WEIGHTS", "build_head", "load_frontend", "load_head", "save_head"]
+
 WEIGHTS = "anti-spoofing_feat_model.pt"
-# As torch's two allocators say it, CUDA itself, and its libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-
-
-# ── Devices and precision ────────────────────────────────────────────────────────────────────────
-
-
-def pick_device(gpu: int | None) -> torch.device:
-    """The GPU with this index; None: the first GPU if there is one, else the CPU; negative: the CPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpu is None:
-        gpu = 0 if count else -1
-    if gpu >= count:
-        raise InputError(f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to use what there is")
-    if gpu < 0:
-        _keep_freed_memory()
-        return torch.device("cpu")
-    try:
-        _start(gpu)
-    except RuntimeError as error:      # too old for this torch, full, or another program's alone
-        raise InputError(f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({str(error).strip().splitlines()[0]}); choose "
-                         "another, or the CPU with --gpu -1") from error
-    return torch.device(f"cuda:{gpu}")
-
-
-def _start(gpu: int) -> None:
-    """Make the GPU the one whose streams and events are meant where none is named, and have it compute something."""
-    torch.cuda.set_device(gpu)
-    torch.ones(1, device="cuda").add_(1).item()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed blocks: handing each large activation back to the kernel, only to have the next one
-    cleared page by page, takes a third of the time of LCNN on a CPU."""
-    with suppress(OSError, AttributeError):              # another C library: nothing to set
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
-
-
-def set_precision(precision: str, device: torch.device) -> None:
-    """fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking."""
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = precision == "tf32"
-    if precision == "bf16" and not has_bf16(device):
-        what = "GPU" if device.type == "cuda" else "CPU"
-        cli.say(f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products are worth asking for; on a GPU, the current one."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """bfloat16 where torch holds it safe, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
-    """Clips (B, samples) on the device, followed by silence up to (size, samples).
-
-    One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on
-    how often the run was interrupted. Nobody waits for the copy to a GPU.
-    """
-    full = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
-    full[:len(clips)] = clips
-    return full.to(device, non_blocking=True)
-
-
-@contextmanager
-def memory_advice(batch_size: int) -> Iterator[None]:
-    """Turn running out of memory inside the block into a line that says what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(words in str(error) for words in NO_MEMORY):
-            raise
-        raise InputError(f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
-                         "the weights), or free memory on that device") from error
-
-
-# ── Front ends ───────────────────────────────────────────────────────────────────────────────────
-
-
-class FrontEnd(nn.Module):
-    """Clips (B, 64600) float32 at 16 kHz -> features (B, frames, dim). Never trained, always in eval mode."""
-
-    feat: str
-    dim: int
-
-    def fingerprint(self) -> dict[str, Any]:
-        """All that decides the features' values; caches and checkpoints made with different ones do not mix."""
-        return {"feat": self.feat, "clip_samples": CLIP_SAMPLES, "sample_rate": SAMPLE_RATE}
-
-    def train(self, mode: bool = True) -> FrontEnd:
-        return super().train(False)    # layerdrop would remove blocks, dropout would add noise
-
-
-class Mel(FrontEnd):
-    """Power mel spectrogram without a logarithm: the released Mel-LCNN's BatchNorm statistics fit only this."""
-
-    feat, dim = "mel", 80
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spectrogram = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, hop_length=128, n_mels=80)
-
-    def forward(self, clips: Tensor) -> Tensor:
-        with torch.autocast(clips.device.type, enabled=False):   # powers span more than bfloat16 resolves
-            return self.spectrogram(clips).transpose(1, 2)       # (B, 505, 80)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"scale": "power", "n_fft": 512, "hop": 128}
-
-
-class XLSR(FrontEnd):
-    """Hidden state 5 of wav2vec 2.0 XLS-R (Babu et al. 2021, arXiv 2111.09296); blocks 6 to 24 are never built."""
-
-    feat = "xls-r-5"
-
-    def __init__(self, ssl: str, precision: str = "fp32"):
-        super().__init__()
-        self.ssl, self.precision = ssl, precision
-        library = _load_wav2vec2(ssl)
-        self.dim = library.config.hidden_size
-        self.weights_sha256 = digest(library)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.encoder = TimeMajorEncoder(library, dtype) if _is_of_xlsrs_kind(library.config) else _Library(library, precision)
-        self.requires_grad_(False).eval()
-
-    def forward(self, clips: Tensor) -> Tensor:
-        mean = clips.mean(dim=1, keepdim=True)
-        variance = clips.var(dim=1, keepdim=True, correction=0)
-        clips = (clips - mean) / torch.sqrt(variance + 1e-7)     # as the checkpoint's own feature extractor
-        return self.encoder(clips)                               # (B, 201, 1024)
-
-    def fingerprint(self) -> dict[str, Any]:
-        return super().fingerprint() | {"layer": LAYER, "normalisation": "zero mean, unit variance per clip",
-                                        "weights_sha256": self.weights_sha256}
-
-
-class _Library(nn.Module):
-    """wav2vec 2.0 of another kind than XLS-R (layer norms after the blocks, a group norm), as the library runs it."""
-
-    def __init__(self, network: nn.Module, precision: str):
-        super().__init__()
-        self.network, self.precision = network, precision
-
-    def forward(self, clips: Tensor) -> Tensor:
-        with autocast(self.precision, clips.device):
-            return self.network(clips).last_hidden_state.float()
-
-
-def _is_of_xlsrs_kind(config: Any) -> bool:
-    return config.feat_extract_norm == "layer" and config.do_stable_layer_norm and \
-        config.feat_extract_activation == config.hidden_act == "gelu" and not config.add_adapter
-
-
-def load_frontend(feat: str, ssl: str | None = None, precision: str = "fp32") -> FrontEnd:
-    """The front end called on clips (B, 64600) float32 that returns features (B, frames, dim) float32.
-
-    Args:
-        feat: "mel" -> (B, 505, 80), or "xls-r-5" -> (B, 201, 1024).
-        ssl: hub id or local folder of the wav2vec 2.0 weights; None: facebook/wav2vec2-xls-r-300m.
-        precision: "bf16" multiplies matrices in bfloat16, those of xls-r-5 alone. For TF32 see set_precision().
-
-    Raises:
-        InputError: an unknown feat, or weights that are absent, incomplete or of another kind.
-    """
-    if feat == "mel":
-        return Mel().eval()
-    if feat == "xls-r-5":
-        return XLSR(ssl or DEFAULT_SSL, precision)
-    raise InputError(f"--feat {feat}: expected {' or '.join(FEATURE_SHAPES)}")
-
-
-def _load_wav2vec2(ssl: str) -> nn.Module:
-    """The first five blocks, so set up that `last_hidden_state` is hidden state 5 of the whole network."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()          # it warns of the 19 blocks we leave out on purpose
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)    # its failures come back as one error below
-    try:
-        config = transformers.AutoConfig.from_pretrained(ssl)
-        blocks = getattr(config, "num_hidden_layers", 0)
-        if config.model_type != "wav2vec2" or blocks < LAYER:
-            raise ValueError(f"expected wav2vec2 with at least {LAYER} blocks, got {config.model_type} with {blocks}")
-        config.num_hidden_layers = LAYER
-        encoder, report = transformers.Wav2Vec2Model.from_pretrained(
-            ssl, config=config, dtype=torch.float32, output_loading_info=True)
-    except Exception as error:         # the hub client, safetensors and the model each fail in ways of their own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise InputError(f"--ssl {ssl}: the wav2vec 2.0 weights cannot be loaded ({reason}); give a local folder that "
-                         "holds config.json and the weights, or a hub id while online") from error
-    if missing := sorted(set(report["missing_keys"]) - {"masked_spec_embed"}):
-        raise InputError(f"--ssl {ssl}: incomplete weights, {len(missing)} tensors are missing (first: {missing[0]})")
-    if config.do_stable_layer_norm:
-        # The library closes the encoder with a LayerNorm that belongs after block 24: entry 5 carries none.
-        encoder.encoder.layer_norm = nn.Identity()
-    return encoder
-
-
-def digest(module: nn.Module) -> str:
-    """SHA-256 of a module's names, shapes and values; the module lies on the CPU."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()
 
 
 # ── LCNN ─────────────────────────────────────────────────────────────────────────────────────────
@@ -506,17 +285,7 @@ def _checked(features: Tensor, expected: tuple[int, int], head: nn.Module) -> Te
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 FORMAT = "codecfake-head-1"
-MOST_MODULES = 1_000       # in a pickled head; the released ones have about 100, one that holds itself has no end
 HEADS = {"W2VAASIST": ("xls-r-5",), "lcnn": ("mel", "xls-r-5")}     # name -> the front ends it takes
-
-# What a released file may name: its own classes and torch's layers, DataParallel among them. They come
-# back as inert records, never as the class.
-RELEASED_CLASSES = (
-    *(f"model.{name}" for name in ("W2VAASIST", "LCNN", "MaxFeatureMap2D", "GraphAttentionLayer",
-                                   "HtrgGraphAttentionLayer", "GraphPool", "Residual_block")),
-    *(f"{layer.__module__}.{layer.__qualname__}" for layer in vars(nn).values()
-      if isinstance(layer, type) and issubclass(layer, nn.Module)),
-)
 
 
 def build_head(name: str, feat: str) -> LCNN | W2VAASIST:
@@ -571,35 +340,6 @@ def _is_record(info: Any) -> bool:
     return isinstance(info, dict) and torch_files.is_plain(info) and isinstance(info.get("front_end", {}), dict) and \
         all(isinstance(info.get(key, ""), str) for key in ("train_task", "trained", "feat")) and \
         isinstance(info.get("ssl"), (str, type(None)))
-
-
-def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict of a pickled module, or of a file that is one."""
-    if isinstance(content, torch_files.Record):
-        try:
-            weights = _walk_module(content)
-        except (AttributeError, TypeError, ValueError):
-            raise InputError(f"{path}: damaged, or not a pickled network") from None
-    elif isinstance(content, dict):
-        weights = content
-    else:
-        raise InputError(f"{path}: expected weights of a head, found a {type(content).__name__}")
-    return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
-
-
-def _walk_module(record: Any) -> dict[str, Tensor]:
-    """What `state_dict()` would give, read off the attributes of a pickled module."""
-    found: dict[str, Tensor] = {}
-    waiting = [("", record)]
-    for prefix, module in waiting:
-        tensors = {**module._parameters, **module._buffers}
-        if any(len(str(name)) > 200 for name in (*tensors, *module._modules)):
-            raise ValueError("names of unusual length")
-        found |= {f"{prefix}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
-        waiting += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
-        if len(waiting) > MOST_MODULES:
-            raise ValueError("modules without end")
-    return found
 
 
 def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import cli
 import dataset
-import feature_cache
+import frontends
 import model
-import ranks
-from cli import InputError
 from dataset import Trial
-from feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
+from formats import feature_cache, protocols
+from formats.feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
+from runtime import cli, devices, ranks
+from runtime.cli import InputError
 
 FLUSH_EVERY = 256          # rows; at most so many are computed again after a kill
 
@@ -39,10 +39,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--path_to_features", type=Path, metavar="DIR", help="where Codecfake's features go (default: features/Codecfake)")
     parser.add_argument("-f1", "--path_to_features1", type=Path, metavar="DIR", help="where 19LA's features go (default: features/LA)")
     parser.add_argument("--feat", choices=tuple(dataset.FEATURE_SHAPES), default="xls-r-5", help="front end (default: %(default)s)")
-    parser.add_argument("--ssl", default=model.DEFAULT_SSL, metavar="ID|DIR", help="wav2vec 2.0 weights: hub id or local folder (default: %(default)s)")
+    parser.add_argument("--ssl", default=frontends.DEFAULT_SSL, metavar="ID|DIR", help="wav2vec 2.0 weights: hub id or local folder (default: %(default)s)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="stored values: float32 exact, float16 half its bytes, "
                         "sqrt8 a quarter, 8-bit square roots within about 1 %% (default: %(default)s)")
-    parser.add_argument("--precision", choices=model.PRECISIONS, default="fp32", help="arithmetic of the front end (default: %(default)s)")
+    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32", help="arithmetic of the front end (default: %(default)s)")
     parser.add_argument("--verify", action="store_true", help="check every row of an existing cache instead")
     parser.add_argument("--repair", action="store_true", help="with --verify: extract the damaged rows anew")
     parser.add_argument("--skip_missing", action="store_true", help="go on without files that the protocol names but that are absent")
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for part in ("train", "dev"):
                 FeatureCache(args.features / part / args.feat).require_complete()
             return
-    device = model.pick_device(ranks.gpu(args.gpu))
-    model.set_precision(args.precision, device)
+    device = devices.pick_device(ranks.gpu(args.gpu))
+    devices.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in ("train", "dev")}
     front_end = model.load_frontend(args.feat, args.ssl, args.precision).to(device)
     for part, (trials, absent) in corpus.items():
@@ -101,9 +101,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
     """The part's trials and the rows whose files are absent, which --skip_missing has to allow."""
     trials = dataset.read_protocol(args.task, args.path_to_database, part)
-    missing = ranks.from_first(lambda: dataset.find_missing(trials))
+    missing = ranks.from_first(lambda: protocols.find_missing(trials))
     if missing:
-        line = dataset.describe_missing(missing, len(trials))
+        line = protocols.describe_missing(missing, len(trials))
         if not args.skip_missing or len(missing) == len(trials):
             raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
         cli.say(f"note: {line}; going on without them")
@@ -111,7 +111,7 @@ def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], s
     return trials, {row for row, trial in enumerate(trials) if trial in absent}
 
 
-def prepare_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> None:
+def prepare_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: frontends.FrontEnd) -> None:
     """Make the cache if there is none; with --repair, mend its files and forget its damaged rows."""
     if args.repair:
         for name in feature_cache.mend_files(folder, trials):
@@ -124,14 +124,14 @@ def prepare_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], f
         writer.close()
 
 
-def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: model.FrontEnd) -> CacheWriter:
+def open_cache(args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: frontends.FrontEnd) -> CacheWriter:
     shape = (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
     about = {"ssl": getattr(front_end, "ssl", None),
              **{package: version(package) for package in ("torch", "torchaudio", "transformers", "soundfile")}}
     return CacheWriter(folder, trials, front_end.fingerprint() | {"precision": args.precision}, shape, args.dtype, about)
 
 
-def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end: model.FrontEnd, absent: set[int],
+def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end: frontends.FrontEnd, absent: set[int],
             device: torch.device) -> None:
     """Compute and store every row that the cache does not hold yet; the ranks take the batches in turn."""
     trials, done = writer.trials, writer.states() == DONE
@@ -175,10 +175,10 @@ def extract(args: argparse.Namespace, part: str, writer: CacheWriter, front_end:
         report(writer, failures, sum((of_rank for _, of_rank in found), Counter()))
 
 
-def compute(front_end: model.FrontEnd, clips: torch.Tensor, size: int, device: torch.device) -> Callable[[], np.ndarray]:
+def compute(front_end: frontends.FrontEnd, clips: torch.Tensor, size: int, device: torch.device) -> Callable[[], np.ndarray]:
     """Start computing the features of clips (B, 64600); what is returned waits for them, (B, frames, dim) float32."""
-    with model.memory_advice(size), torch.inference_mode():
-        features = front_end(model.filled_up(clips, size, device))[:len(clips)]
+    with devices.memory_advice(size), torch.inference_mode():
+        features = front_end(devices.filled_up(clips, size, device))[:len(clips)]
         if device.type != "cuda":
             return features.numpy
         landed = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)

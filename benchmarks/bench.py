@@ -1,4 +1,4 @@
-"""Every stage timed against the reference's way, in one run.    python benchmarks/bench.py [--quick]
+"""Every stage timed against the reference's way, in one run.    python -m benchmarks.bench [--quick]
 
 Prints Markdown: seconds of either way (median of n), their ratio, and how far the results lie apart. Audio is
 made up, and XLS-R has its full 300M configuration and random weights: neither changes the speed. --quick uses a
@@ -26,17 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import bench_evaluate
 import dataset
 import generate_score
 import main_train
 import model
-import plain
 import preprocess
-from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial
-from feature_cache import CacheWriter, FeatureCache, read_ahead
+from benchmarks import bench_evaluate, plain
+from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial, read_ahead
+from formats.feature_cache import CacheWriter, FeatureCache
+from runtime import devices
 
 # Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC of wav2vec 2.0 at 64,600 samples).
 FLOPS = {"convolutions": 20e9, "positions": 3.4e9, "block": 5.1e9}
@@ -157,7 +155,7 @@ def settle(device: torch.device) -> None:
     """Make a GPU the current one, and float32 float32: torch's TF32 would else decide how far the two ways lie apart."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    model.set_precision("fp32", device)
+    devices.set_precision("fp32", device)
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
@@ -182,7 +180,7 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, plain_features = in_its_own_process(_extract_plainly, s)
     rows, notes = [], []
     for precision, target in (("fp32", "3.5"), ("bf16", "10")):
-        if precision == "bf16" and not model.has_bf16(s.device):
+        if precision == "bf16" and not devices.has_bf16(s.device):
             notes.append("bf16: this device has no bfloat16 arithmetic "
                          f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it.")
             continue
@@ -204,8 +202,8 @@ def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
 
 
 def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[str, float]]:
-    device = model.pick_device(s.gpu)
-    model.set_precision(precision, device)
+    device = devices.pick_device(s.gpu)
+    devices.set_precision(precision, device)
     args = preprocess.parse(["--gpu", str(s.gpu), "--precision", precision])
     front_end = model.load_frontend("xls-r-5", s.ssl, precision).to(device)
     trials = [Trial(Path(path).name, path, n % 2, "-") for n, path in enumerate(s.paths)]
@@ -220,12 +218,12 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
 
     clips = torch.stack([dataset.load_clip(path) for path in s.paths])
     size = 32 if device.type == "cuda" else 8
-    computed = front_end(model.filled_up(clips[:size], size, device))
+    computed = front_end(devices.filled_up(clips[:size], size, device))
     features = np.concatenate([preprocess.compute(front_end, part, size, device)() for part in clips.split(size)])
     writer = preprocess.open_cache(args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end)
     decode, copy, compute, write = in_turns(
         lambda: [dataset.load_clip(path) for path in s.paths],
-        lambda: [(model.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)],
+        lambda: [(devices.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)],
         lambda: [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)],
         lambda: (writer.write(range(len(trials)), features), writer.flush()), repeats=s.repeats)
     writer.close()
@@ -298,7 +296,7 @@ def training(s: Setting, ceilings: dict[str, float]) -> Found:
     for name, feat in (("W2VAASIST", "xls-r-5"), ("lcnn", "mel")):
         theirs, their_losses = in_its_own_process(_train, s, name, feat, "plainly")
         for precision, target in (("fp32", "1.2"), ("bf16", "2")):
-            if precision == "bf16" and not model.has_bf16(s.device):
+            if precision == "bf16" and not devices.has_bf16(s.device):
                 continue
             ours, losses = in_its_own_process(_train, s, name, feat, precision)
             apart = max(abs(a - b) for a, b in zip(losses, their_losses))
@@ -311,8 +309,8 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
     """Seconds of a step, and the losses of the first three without dropout."""
     device = s.device
     if how != "plainly":
-        device = model.pick_device(s.gpu)
-        model.set_precision(how, device)
+        device = devices.pick_device(s.gpu)
+        devices.set_precision(how, device)
     torch.manual_seed(0)
     head = model.build_head(name, feat).to(device)
     features = torch.randn(s.batch, *dataset.FEATURE_SHAPES[feat], device=device)
@@ -346,7 +344,7 @@ def training_from_cache(s: Setting, ceilings: dict[str, float]) -> Found:
 
 
 def _train_from_cache(s: Setting) -> tuple[float, float, int]:
-    device = model.pick_device(s.gpu)
+    device = devices.pick_device(s.gpu)
     head = model.build_head("W2VAASIST", "xls-r-5").to(device)
     optimiser = torch.optim.Adam(head.parameters())
     cache = _make_cache(s, s.rows if device.type == "cuda" else 8 * s.batch)
@@ -368,7 +366,7 @@ def scoring(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, plain_score = in_its_own_process(_score_plainly, s)
     rows = []
     for precision in ("fp32", "bf16"):
-        if precision == "bf16" and not model.has_bf16(s.device):
+        if precision == "bf16" and not devices.has_bf16(s.device):
             continue
         ours, scores = in_its_own_process(_score_here, s, precision, 1)
         rows.append(Row(f"scoring, audio to score, {precision}, a clip", "8", theirs / s.few, ours / s.clips, "s",
@@ -463,7 +461,7 @@ class _printing_to:
 def report(rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float], s: Setting) -> str:
     device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name()
     head = ["stage", "reference's way", "here", "unit", "ratio", "target", "difference to the plain way"]
-    lines = ["# Measured", "", f"`python benchmarks/bench.py` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
+    lines = ["# Measured", "", f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
              f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of them the reference's way), batches of {s.batch} in training.",
              f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.", "",
              f"| {' | '.join(head)} |", "| :-- | --: | --: | :-- | --: | --: | :-- |"]

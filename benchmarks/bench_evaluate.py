@@ -1,6 +1,6 @@
 """Time of reading, evaluating and resampling one model's twelve score files. Prints Markdown.
 
-    python benchmarks/bench_evaluate.py [folder of score files]
+    python -m benchmarks.bench_evaluate [folder of score files]
 
 The files have the published sizes; with a folder, its own files take the place of the made-up ones of
 the same subset. numpy.genfromtxt, which the challenges' scripts read scores with, is timed beside.
@@ -18,10 +18,8 @@ from statistics import median
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import eval_metrics
-import evaluation
+from evaluation import results
+from formats import score_files
 
 PUBLISHED_SIZES = {        # subset -> (real, fake), as in the published score files
     "19LA": (7355, 63882), "ITW": (19963, 11816), **{f"C{i}": (13228, 13228) for i in range(1, 7)}, "C7": (72752, 72753),
@@ -44,11 +42,11 @@ def measure(given: Path | None) -> tuple[float, float, float, int]:
     """Median seconds of genfromtxt, of reading and EERs, of the same with 1,000 resamples; the number of trials."""
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(Path(folder), given)
-        n_trials = sum(len(eval_metrics.read_scores(path).names) for path in files.values())
-        model = evaluation.Model("benchmark", Path(folder), files)
+        n_trials = sum(len(score_files.read_scores(path).names) for path in files.values())
+        model = results.Model("benchmark", Path(folder), files)
         return (timed(lambda: [np.genfromtxt(path, dtype=str) for path in files.values()]),
-                timed(lambda: evaluation.evaluate(model, n_resamples=0)),
-                timed(lambda: evaluation.evaluate(model, n_resamples=1000), repeats=3), n_trials)
+                timed(lambda: results.evaluate(model, n_resamples=0)),
+                timed(lambda: results.evaluate(model, n_resamples=1000), repeats=3), n_trials)
 
 
 def timed(task: Callable[[], object], repeats: int = N_REPEATS) -> float:
@@ -71,9 +69,9 @@ def make_files(folder: Path, given: Path | None) -> dict[str, Path]:
         names = [f"p{i:07d}.wav" for i in range(n_real)] + [f"{copy or 'f'}p{i:07d}.wav" for i in range(n_fake)]
         logits = np.concatenate([rng.normal(4, 2, n_real), rng.normal(-4, 2, n_fake)])
         files[subset] = folder / f"{subset}_result.txt"
-        eval_metrics.write_scores(files[subset], names, 1 / (1 + np.exp(-logits)), ["real"] * n_real + ["fake"] * n_fake)
+        score_files.write_scores(files[subset], names, 1 / (1 + np.exp(-logits)), ["real"] * n_real + ["fake"] * n_fake)
     if given:
-        files |= evaluation.find_models([given])[0].files
+        files |= results.find_models([given])[0].files
     return files
 
 

@@ -1,6 +1,6 @@
 """What cheaper features cost in EER: each subset scored from exact, bfloat16, float16 and 8-bit features. Prints Markdown.
 
-    python benchmarks/bench_parity.py [-t TASK] [-d CORPUS] [--model_folder HEAD ...] [--ssl ID|DIR]
+    python -m benchmarks.bench_parity [-t TASK] [-d CORPUS] [--model_folder HEAD ...] [--ssl ID|DIR]
 
 Features are computed once in float32 and once with bfloat16 arithmetic; the float32 ones also pass through
 the cache's own encoding. A difference inside the 95 % bootstrap interval of the float32 EER is smaller than
@@ -11,7 +11,6 @@ reference corpus and the released weights beside the project are taken.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,19 +22,19 @@ import torch
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 
-import bootstrap
-import cli
 import dataset
 import eval_metrics
-import evaluation
+import frontends
 import model
 import preprocess
-from cli import InputError
 from dataset import FAKE, REAL, Trial
-from eval_metrics import Scores
-from feature_cache import decode, encode
+from evaluation import bootstrap, results
+from formats import protocols
+from formats.feature_cache import decode, encode
+from formats.score_files import Scores
+from runtime import cli, devices
+from runtime.cli import InputError
 
 REFERENCE = REPO.parent / "shared" / "reference"
 TYPES = ("float32", "bf16 front end", "float16 cache", "sqrt8 cache")
@@ -43,7 +42,7 @@ TYPES = ("float32", "bf16 front end", "float16 cache", "sqrt8 cache")
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("-t", "--task", choices=tuple(dataset.SCORED), default="codecfake", help="what to score (default: %(default)s)")
+    parser.add_argument("-t", "--task", choices=tuple(protocols.SCORED), default="codecfake", help="what to score (default: %(default)s)")
     parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="the corpus (default: the reference corpus)")
     parser.add_argument("--model_folder", type=Path, nargs="+", metavar="DIR", help="heads (default: the released weights)")
     parser.add_argument("--ssl", metavar="ID|DIR", help="wav2vec 2.0 weights (default: small random ones)")
@@ -58,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not folders or not root.is_dir():
         print("## EER parity\n\nNot measured: the reference corpus and the released weights do not lie beside the project; name others with -d and --model_folder.")
         return
-    device = model.pick_device(args.gpu)
-    model.set_precision("fp32", device)
+    device = devices.pick_device(args.gpu)
+    devices.set_precision("fp32", device)
     heads = {folder.name: model.load_head(folder).to(device) for folder in folders}
-    subsets = {name: present_trials(args.task, root, part) for name, part in dataset.SCORED[args.task].items()}
+    subsets = {name: present_trials(args.task, root, part) for name, part in protocols.SCORED[args.task].items()}
     with tempfile.TemporaryDirectory() as folder:
         ssl = args.ssl or Path(folder) / "ssl"
         if not args.ssl and any(head.feat != "mel" for head in heads.values()):
@@ -82,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def present_trials(task: str, root: Path, part: str) -> list[Trial]:
     trials = dataset.read_protocol(task, root, part)
-    missing = set(dataset.find_missing(trials))
+    missing = set(protocols.find_missing(trials))
     return [trial for trial in trials if trial not in missing]
 
 
-FrontEnds = tuple[model.FrontEnd, model.FrontEnd]      # in float32, in bfloat16
+FrontEnds = tuple[frontends.FrontEnd, frontends.FrontEnd]      # in float32, in bfloat16
 
 
 def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends: dict[str, FrontEnds],
@@ -113,7 +112,7 @@ def score(args: argparse.Namespace, subset: str, trials: list[Trial], front_ends
 def features_of(front_ends: FrontEnds, clips: torch.Tensor, size: int, device: torch.device) -> list[torch.Tensor]:
     """Features (B, frames, dim) of clips (B, 64600), one tensor of each of TYPES."""
     exact = preprocess.compute(front_ends[0], clips, size, device)()
-    with nullcontext() if model.has_bf16(device) else RoundedToBf16():
+    with nullcontext() if devices.has_bf16(device) else RoundedToBf16():
         bf16 = preprocess.compute(front_ends[1], clips, size, device)()
     return [torch.from_numpy(exact), torch.from_numpy(bf16), decode(encode(exact, "float16")), decode(encode(exact, "sqrt8"))]
 
@@ -141,7 +140,7 @@ def llr_of(head: torch.nn.Module, features: torch.Tensor, device: torch.device) 
 def rows_of(head: str, subset: str, trials: list[Trial], llrs: np.ndarray) -> list[str]:
     """The table's rows of one head and subset, from log-likelihood ratios (types, N)."""
     names, is_real = [trial.name for trial in trials], np.array([trial.label == REAL for trial in trials])
-    exact = evaluation.evaluate_trials(head, subset, Path(), Scores(names, llrs[0], is_real), bootstrap.N_RESAMPLES, seed=0)
+    exact = results.evaluate_trials(head, subset, Path(), Scores(names, llrs[0], is_real), bootstrap.N_RESAMPLES, seed=0)
     if exact.point is None:
         return [f"| {head} | {subset} | | - | | | | one class only |"]
     low, high = exact.interval.low, exact.interval.high
@@ -159,7 +158,7 @@ def save_random_wav2vec2(folder: Path) -> None:
 
     torch.manual_seed(1)
     network = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(
-        hidden_size=1024, num_hidden_layers=model.LAYER, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
+        hidden_size=1024, num_hidden_layers=frontends.ssl.LAYER, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4))
     for name, parameter in network.named_parameters():
         if "layer_norm" in name:

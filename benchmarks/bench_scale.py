@@ -1,6 +1,6 @@
 """Start-up time and memory of the three scripts on a protocol of a million rows. Prints Markdown.
 
-    python benchmarks/bench_scale.py [--rows N] [--num_workers N]
+    python -m benchmarks.bench_scale [--rows N] [--num_workers N]
 
 Each script's own main() runs from end to end in a process of its own, on the CPU. Stood in for are the audio
 files (the folder's listing and the clips, 16 samples each), the front end and the head (a linear layer on
@@ -28,17 +28,16 @@ from unittest import mock
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
 import dataset
-import feature_cache
+import frontends
 import generate_score
 import main_train
 import model
 import preprocess
 from dataset import Trial
-from feature_cache import DONE, CacheWriter
+from formats import audio, feature_cache
+from formats.feature_cache import DONE, CacheWriter
+from runtime import cli
 
 SHAPE, CLIP_SAMPLES = (5, 8), 16
 FULL_SHAPE, FULL_STEPS = (201, 1024), 30
@@ -113,7 +112,7 @@ def stand_in_clip(path: str) -> tuple[torch.Tensor, int]:
     return torch.tensor(list(path[-CLIP_SAMPLES:].encode()), dtype=torch.float32), dataset.SAMPLE_RATE
 
 
-class CheapFrontEnd(model.FrontEnd):
+class CheapFrontEnd(frontends.FrontEnd):
     feat, dim = "mel", SHAPE[1]
 
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
@@ -145,7 +144,7 @@ def measure(args: argparse.Namespace, run: Callable[[], None], owner: object, na
         started.setdefault("start_cpu", time.process_time() - cpu)
         return real(*arguments, **options)
     with mock.patch.object(owner, name, timed), mock.patch.object(os, "listdir", stand_in_listing(args.rows)), \
-            mock.patch.object(dataset, "_load_clip", stand_in_clip), mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES), \
+            mock.patch.object(audio, "_load_clip", stand_in_clip), mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES), \
             mock.patch.object(preprocess, "FLUSH_EVERY", 2**14), \
             mock.patch.dict(dataset.FEATURE_SHAPES, {"mel": SHAPE}), mock.patch.object(model, "load_frontend", lambda *names: CheapFrontEnd()), \
             mock.patch.object(model, "build_head", lambda *names: CheapHead()), \

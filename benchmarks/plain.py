@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import CLIP_SAMPLES
+from frontends.ssl import LAYER
 from main_train import weighted_cross_entropy
-from model import LAYER, LCNN, Residual_block, W2VAASIST
+from model import LCNN, W2VAASIST, Residual_block
 
 
 def load_clip(path: str) -> Tensor:

@@ -1,6 +1,6 @@
 """What the whole job costs, on this machine and as an estimate on GPUs: writes SCALE.md beside this script.
 
-    python benchmarks/scale.py [-o FILE] [--front_end CLIPS/S] [--gpu_tflops ...]
+    python -m benchmarks.scale [-o FILE] [--front_end CLIPS/S] [--gpu_tflops ...]
 
 Rates of this machine that are not given as options are measured first, in about a minute, on made-up clips
 and the full XLS-R 300M configuration with random weights (its first five blocks, as everywhere here).
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,15 +21,14 @@ import soundfile
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import cli
 import dataset
+import frontends
 import main_train
 import model
 import preprocess
 from dataset import Trial
-from feature_cache import DTYPES, CacheWriter, FeatureCache, row_type
+from formats.feature_cache import DTYPES, CacheWriter, FeatureCache, row_type
+from runtime import cli, files
 
 REFERENCE_BYTES = 824_774  # of one of the reference's .pt files
 PARTS = {"Codecfake train": 740_747, "Codecfake dev": 92_596, "19LA train": 25_380, "19LA dev": 24_844}
@@ -110,7 +108,7 @@ def measure_front_end(folder: Path) -> tuple[float, float]:
     import transformers
 
     network = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(
-        hidden_size=1024, num_hidden_layers=model.LAYER, num_attention_heads=16, intermediate_size=4096, conv_dim=[512] * 7,
+        hidden_size=1024, num_hidden_layers=frontends.ssl.LAYER, num_attention_heads=16, intermediate_size=4096, conv_dim=[512] * 7,
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True))
     network.save_pretrained(folder)
     front_end, clips = model.load_frontend("xls-r-5", str(folder)), torch.randn(BATCH, dataset.CLIP_SAMPLES) * 0.1
@@ -184,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cores = os.cpu_count() or 1
     here = Machine("this machine", cores, args.decode, args.rows, args.front_end, args.head, args.train, args.disk * 1e9, one_processor=True)
     machines = [here, *(on_gpus(count, here, args) for count in (1, 8))]
-    with cli.replacing(args.out) as file:
+    with files.replacing(args.out) as file:
         file.write(report(args, machines, given))
     print(f"{args.out}: written")
 

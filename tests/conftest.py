@@ -1,7 +1,6 @@
 """Fixtures: small real things. Audio is tones and noise in tmp_path, wav2vec 2.0 a narrow model saved to disk."""
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 REFERENCE = REPO.parent / "shared" / "reference"
-sys.path.insert(0, str(REPO))
 
 torch.set_num_threads(2)
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-import cli
+from runtime import cli
 
 # ── Processes ────────────────────────────────────────────────────────────────────────────────────
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
 
 import torch
 from torch import nn
@@ -20,8 +19,8 @@ from torch import nn
 import generate_score
 import main_train
 import preprocess
-import ranks
-from synced_batchnorm import sync_batchnorms
+from runtime import ranks
+from runtime.ranks import sync_batchnorms
 
 MAINS = {"preprocess": preprocess.main, "main_train": main_train.main, "generate_score": generate_score.main}
 NORMS = {"affine, 4 + 3 rows": (nn.BatchNorm2d(5), (7, 5, 2, 3)), "plain, 1 + 0 rows": (nn.BatchNorm2d(5, affine=False), (1, 5, 2, 3)),

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bootstrap
-from eval_metrics import Scores, compute_det_curve, compute_eer
+from eval_metrics import compute_det_curve, compute_eer
+from evaluation import bootstrap
+from formats.score_files import Scores
 
 
 @settings(max_examples=200, deadline=None)

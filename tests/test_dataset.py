@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import make_codecfake, write_tone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
-from cli import InputError
-from conftest import make_codecfake, write_tone
 from dataset import CLIP_SAMPLES, FAKE, REAL, load_clip, read_protocol
+from formats import audio, protocols
+from runtime.cli import InputError
 
 # ── Protocols ──
 
@@ -53,14 +54,14 @@ def test_asvspoof_rows(corpora: Path) -> None:
     trials = read_protocol("19LA", corpora / "LA", "eval")
     assert [(t.name, t.label, t.source) for t in trials[:2]] == [("LA_E_1000000", REAL, "-"), ("LA_E_1000001", FAKE, "A07")]
     assert len(trials) == 8, "the folder's stray ninth file is in no protocol"
-    assert dataset.find_missing(trials) == []
+    assert protocols.find_missing(trials) == []
 
 
 def test_in_the_wild_as_released(corpora: Path) -> None:
     for root in (corpora / "ITW", corpora / "ITW" / "release_in_the_wild"):
         trials = read_protocol("ITW", root, "all")
         assert [(t.name, t.label) for t in trials] == [(str(i), i % 2) for i in range(6)]
-        assert dataset.find_missing(trials) == []
+        assert protocols.find_missing(trials) == []
 
 
 def test_in_the_wild_without_header_and_with_commas_in_names(tmp_path: Path) -> None:
@@ -118,7 +119,7 @@ def test_reading_leaves_the_garbage_collector_as_it_was(tmp_path: Path, collecti
 
 @pytest.mark.parametrize("task", ["codecfake", "19LA", "ITW"])
 def test_missing_corpus_and_wrong_layout(tmp_path: Path, task: str) -> None:
-    part = dataset.PARTS[task][0]
+    part = protocols.PARTS[task][0]
     with pytest.raises(InputError, match="no such folder"):
         read_protocol(task, tmp_path / "nowhere", part)
     with pytest.raises(InputError, match="expected .* in it"):
@@ -129,9 +130,9 @@ def test_absent_files_are_counted_once_with_the_first_names(tmp_path: Path) -> N
     root = make_codecfake(tmp_path, n_real=2)
     (root / "test/C1/F01_s_000.wav").unlink()
     trials = read_protocol("codecfake", root, "C1")
-    missing = dataset.find_missing(trials)
+    missing = protocols.find_missing(trials)
     assert [t.name for t in missing] == ["F01_s_000.wav"]
-    assert "1 of 4 files" in (line := dataset.describe_missing(missing, 4)) and "F01_s_000.wav" in line
+    assert "1 of 4 files" in (line := protocols.describe_missing(missing, 4)) and "F01_s_000.wav" in line
 
 
 # ── Clips ──
@@ -160,7 +161,7 @@ def test_an_empty_folder_does_not_hide_a_full_one(tmp_path: Path) -> None:
     root = make_codecfake(tmp_path, n_real=1)
     (root / "test" / "A1").rename(root / "test" / "L1")
     (root / "test" / "A1").mkdir()
-    assert dataset.find_missing(read_protocol("codecfake", root, "A1")) == []
+    assert protocols.find_missing(read_protocol("codecfake", root, "A1")) == []
 
 
 def test_a_single_sample_is_a_clip(tmp_path: Path) -> None:
@@ -193,15 +194,15 @@ def test_reading_only_the_start_equals_reading_all(tmp_path: Path, rate: int) ->
     """Only the samples that decide the clip are read; the plain way resamples the whole recording first."""
     wave = np.random.default_rng(rate).normal(0, 0.1, 6 * rate).astype(np.float32)
     soundfile.write(tmp_path / "x.wav", wave, rate, subtype="FLOAT")
-    plain = dataset.resample(torch.from_numpy(wave), rate)[:CLIP_SAMPLES]
+    plain = audio.resample(torch.from_numpy(wave), rate)[:CLIP_SAMPLES]
     torch.testing.assert_close(load_clip(tmp_path / "x.wav"), plain, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_odd_rates_are_resampled_by_the_same_filter(rate: int) -> None:
     wave = torch.from_numpy(np.random.default_rng(rate).normal(0, 0.1, rate // 2).astype(np.float32))
-    plain = dataset.resample(wave, rate)
-    torch.testing.assert_close(dataset._resample_directly(wave, rate), plain, atol=1e-5, rtol=0)
+    plain = audio.resample(wave, rate)
+    torch.testing.assert_close(audio._resample_directly(wave, rate), plain, atol=1e-5, rtol=0)
 
 
 def test_a_rate_without_a_small_ratio_loads(tmp_path: Path) -> None:

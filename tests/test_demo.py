@@ -15,11 +15,11 @@ import soundfile
 from scipy.signal import correlate
 from scipy.stats import rankdata
 
-import cli
-import demo
-import demo_fakes
-from demo_recordings import find_clips
-from demo_voices import Spoken
+from demo import corpora as demo
+from demo import fakes
+from demo.recordings import find_clips
+from demo.voices import Spoken
+from runtime import cli
 
 SCALE = 0.1
 RATE = demo.SAMPLE_RATE
@@ -174,11 +174,11 @@ def test_the_last_steps_leave_no_offset_and_no_click(voice):
     assert np.abs(samples[[0, -1]]).max() <= 2
 
 
-@pytest.mark.parametrize("name", demo_fakes.CODECS)
+@pytest.mark.parametrize("name", fakes.CODECS)
 def test_the_pauses_of_a_copy_hold_the_same_noise_as_the_originals(voice, name):
     pause = demo.speaking(voice)[demo.FADE:-demo.FADE] == 0
     levels = [20 * np.log10(finished(clip, demo.speaking(voice))[demo.FADE:-demo.FADE][pause].std())
-              for clip in (voice, demo_fakes.CODECS[name](voice))]
+              for clip in (voice, fakes.CODECS[name](voice))]
     assert pause.sum() > RATE / 10 and abs(levels[0] - levels[1]) < 0.3, levels
 
 
@@ -188,18 +188,18 @@ def finished(clip: np.ndarray, gate: np.ndarray | None = None) -> np.ndarray:
     return demo.finish(clip, np.ones(len(clip)) if gate is None else gate, 1, np.random.default_rng(1))
 
 
-@pytest.mark.parametrize("name", demo_fakes.CODECS)
+@pytest.mark.parametrize("name", fakes.CODECS)
 def test_codec_copies_are_aligned_close_and_not_equal(voice, name):
-    copy = demo_fakes.CODECS[name](voice)
+    copy = fakes.CODECS[name](voice)
     assert len(copy) == len(voice)
     delay = correlate(copy, voice, method="fft").argmax() - (len(voice) - 1)
     assert abs(delay) <= 1, f"{delay} samples late"
     assert 0.75 < np.corrcoef(copy, voice)[0, 1] < 0.99
 
 
-@pytest.mark.parametrize("name", demo_fakes.RESYNTHESES)
+@pytest.mark.parametrize("name", fakes.RESYNTHESES)
 def test_resynthesis_follows_the_loudness_of_the_clip_without_its_waveform(voice, name):
-    copy = demo_fakes.RESYNTHESES[name](voice, np.random.default_rng(1))
+    copy = fakes.RESYNTHESES[name](voice, np.random.default_rng(1))
     assert len(copy) == len(voice) and np.isfinite(copy).all()
     envelopes = [np.abs(clip[:len(clip) // 160 * 160].reshape(-1, 160)).mean(axis=1) for clip in (voice, copy)]
     delays = range(-5, 6)
@@ -208,17 +208,17 @@ def test_resynthesis_follows_the_loudness_of_the_clip_without_its_waveform(voice
     assert abs(np.corrcoef(copy, voice)[0, 1]) < 0.3
 
 
-@pytest.mark.parametrize("name", demo_fakes.CODECS)
+@pytest.mark.parametrize("name", fakes.CODECS)
 def test_copies_keep_the_band_above_4_khz(voice, name):
     def share_above_4_khz(clip):
         power = np.abs(np.fft.rfft(finished(clip))) ** 2
         return power[len(power) * 17 // 32: len(power) * 27 // 32].sum() / power.sum()     # 4.25 to 6.75 kHz
-    assert 1 / 3 < share_above_4_khz(demo_fakes.CODECS[name](voice)) / share_above_4_khz(voice) < 3
+    assert 1 / 3 < share_above_4_khz(fakes.CODECS[name](voice)) / share_above_4_khz(voice) < 3
 
 
 def test_half_bands_join_to_the_clip(voice):
     for length in (16000, 16001, 16002, 16003):
-        joined = demo_fakes.join(*demo_fakes.split(voice[:length]))
+        joined = fakes.join(*fakes.split(voice[:length]))
         np.testing.assert_allclose(joined[:length], voice[:length], atol=1e-3)
 
 
@@ -320,7 +320,7 @@ def test_a_finished_demo_is_reused_and_other_settings_are_refused(corpora, capsy
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(cli.InputError, match="not made by demo.py"):
+    with pytest.raises(cli.InputError, match="not made by `python -m demo`"):
         demo.build(tmp_path)
     assert contents(tmp_path) == {"precious.txt": b"mine"}
 

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_metrics
-from cli import InputError
-from eval_metrics import compute_auc, compute_det_curve, compute_eer, find_eer_point, read_scores, write_scores
+from eval_metrics import compute_auc, compute_det_curve, compute_eer, find_eer_point
+from formats import score_files
+from formats.score_files import read_scores, write_scores
+from runtime.cli import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT.parent / "shared" / "reference" / "scores"
@@ -158,7 +160,7 @@ def test_min_tdcf_2019_by_hand(tmp_path):
     # spoofs below 1: 2 of 4. C1 = 0.9405 (1 - 0) - 0.0095 * 10 / 4 = 0.91675, C2 = 10 * 0.05 * (1 - 1/2) = 0.25.
     (tmp_path / "asv.txt").write_text("".join(f"- {key} {score}\n" for key, scores in {
         "target": (1, 2, 3, 4), "nontarget": (2.5, 0, -1, -2), "spoof": (0, 0.5, 1, 2)}.items() for score in scores))
-    asv = eval_metrics.read_asv_scores(tmp_path / "asv.txt")
+    asv = score_files.read_asv_scores(tmp_path / "asv.txt")
     # CM: FRR 0 with FAR 1/4 (0.0625), or FRR 1/2 with FAR 0: the first, over min(C1, C2) = 0.25.
     assert eval_metrics.compute_min_tdcf_2019([1, 3], [0, 0, 0, 2], asv) == pytest.approx(0.25)
     # A CM that cannot tell: accept all, C2 / C2.
@@ -170,12 +172,12 @@ def test_min_tdcf_2019_by_hand(tmp_path):
 def test_min_tdcf_2019_is_normalised_by_the_cheaper_of_the_two_constant_decisions():
     # ASV threshold -1: misses 2 of 4, accepts 3 of 4 nontargets and all spoofs.
     # C1 = 0.9405 / 2 - 0.095 * 3 / 4 = 0.399 is below C2 = 0.5: rejecting all is the cheaper one, and costs 1.
-    asv = eval_metrics.AsvScores(np.array([-3, -2, -1, 5.0]), np.array([0, 0.1, 0.2, -5]), np.array([6.0, 7]))
+    asv = score_files.AsvScores(np.array([-3, -2, -1, 5.0]), np.array([0, 0.1, 0.2, -5]), np.array([6.0, 7]))
     assert eval_metrics.compute_min_tdcf_2019([0], [0], asv) == pytest.approx(1.0)
 
 
 def test_asv_scores_that_leave_no_tandem_cost_are_refused():
-    asv = eval_metrics.AsvScores(np.array([0.0, 1]), np.array([0.0, 1]), np.array([-5.0]))       # every spoof is missed
+    asv = score_files.AsvScores(np.array([0.0, 1]), np.array([0.0, 1]), np.array([-5.0]))       # every spoof is missed
     with pytest.raises(InputError, match="tandem cost of zero or less"):
         eval_metrics.compute_min_tdcf_2019([1], [0], asv)
 
@@ -184,13 +186,13 @@ def test_asv_scores_that_leave_no_tandem_cost_are_refused():
 def test_malformed_asv_scores_are_named(tmp_path, line):
     (tmp_path / "asv.txt").write_text(f"- target 1.0\n{line}\n")
     with pytest.raises(InputError, match=r"asv\.txt:2: expected `source"):
-        eval_metrics.read_asv_scores(tmp_path / "asv.txt")
+        score_files.read_asv_scores(tmp_path / "asv.txt")
 
 
 def test_asv_scores_need_all_three_keys(tmp_path):
     (tmp_path / "asv.txt").write_text("- target 1.0\n- nontarget 0.0\n")
     with pytest.raises(InputError, match="spoof trials, got none"):
-        eval_metrics.read_asv_scores(tmp_path / "asv.txt")
+        score_files.read_asv_scores(tmp_path / "asv.txt")
 
 
 def test_log_odds_undo_softmax_and_count_what_it_saturated():
@@ -305,7 +307,7 @@ def test_malformed_rows_are_named_by_file_and_row(tmp_path, bad, message, blank_
 
 
 def test_unlabelled_recordings_are_written_but_cannot_be_evaluated(tmp_path):
-    write_scores(tmp_path / "audio_result.txt", ["a.mp3"], [0.25], [eval_metrics.UNLABELLED])
+    write_scores(tmp_path / "audio_result.txt", ["a.mp3"], [0.25], [score_files.UNLABELLED])
     assert (tmp_path / "audio_result.txt").read_text() == "a.mp3 0.25 -\n"
     with pytest.raises(InputError, match=r"audio_result\.txt:1: .*got '-' \(a recording without a label"):
         read_scores(tmp_path / "audio_result.txt")

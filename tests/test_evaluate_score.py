@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import evaluate_score
-import evaluation
-import paper_tables
-from cli import InputError
-from eval_metrics import compute_eer, write_scores
+from eval_metrics import compute_eer
+from evaluation import paper_tables, results
+from formats.score_files import write_scores
+from runtime.cli import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT.parent / "shared" / "reference"
@@ -41,7 +41,7 @@ def _inverse_erf(y: float) -> float:
     return low
 
 
-def write_model(folder: Path, eer: float = 0.1, names=evaluation.SUBSETS, n: int = 40) -> Path:
+def write_model(folder: Path, eer: float = 0.1, names=results.SUBSETS, n: int = 40) -> Path:
     for seed, name in enumerate(names):
         write_subset(folder, f"{name}_result.txt", eer, n, seed)
     return folder
@@ -153,7 +153,7 @@ def test_csv_names_what_points_the_wrong_way(tmp_path, capsys):
     write_model(tmp_path / "right", eer=0.2)
     write_model(tmp_path / "wrong", eer=0.8)
     right, wrong = csv.DictReader(io.StringIO(run_text(capsys, "--result_folder", tmp_path, "--format", "csv")))
-    assert right["inverted"] == "" and set(wrong["inverted"].split()) == set(evaluation.COLUMNS)
+    assert right["inverted"] == "" and set(wrong["inverted"].split()) == set(results.COLUMNS)
     assert wrong["C1"] == right["C1"]
 
 
@@ -198,10 +198,10 @@ def test_markdown_csv_and_latex_hold_the_same_figures(tmp_path, capsys):
     markdown = [[cell.strip().replace("\\*", "") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     rows = list(csv.reader(io.StringIO(run_text(capsys, *argv, "csv"))))
     latex = run_text(capsys, *argv, "latex")
-    assert markdown[0] == rows[0] == ["model", *evaluation.COLUMNS]
+    assert markdown[0] == rows[0] == ["model", *results.COLUMNS]
     assert markdown[2] == rows[1]
     assert r"a\_model & " + " & ".join(rows[1][1:]).replace("*", "") in latex.replace("*", "")
-    assert latex.count(r"\\") == 2 and r"\begin{tabular}{l" + "r" * len(evaluation.COLUMNS) + "}" in latex
+    assert latex.count(r"\\") == 2 and r"\begin{tabular}{l" + "r" * len(results.COLUMNS) + "}" in latex
 
 
 def test_hostile_folder_names_do_not_drive_the_terminal_or_break_a_table(tmp_path, capsys):

@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-import feature_cache
-from cli import InputError
-from dataset import FAKE, REAL, Trial
-from feature_cache import DAMAGED, DONE, FAILED, NOT_YET, CacheWriter, FeatureCache, JoinedFeatures, ReferenceFeatures, decode, encode, open_features, read_ahead
+from dataset import FAKE, REAL, JoinedFeatures, ReferenceFeatures, Trial, open_features, read_ahead
+from formats import feature_cache
+from formats.feature_cache import (
+    DAMAGED,
+    DONE,
+    FAILED,
+    NOT_YET,
+    CacheWriter,
+    FeatureCache,
+    decode,
+    encode,
+)
+from runtime.cli import InputError
 
 SHAPE = (505, 80)
 FRONT_END = {"feat": "mel", "clip_samples": 64_600}

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dataset
 import main_train
 import model
-import torch_files
-from cli import InputError
 from dataset import FEATURE_SHAPES, Trial
-from feature_cache import CacheWriter
+from formats import torch_files
+from formats.feature_cache import CacheWriter
 from main_train import Sharpness, train_step
+from runtime.cli import InputError
 
 SAM, ASAM = Sharpness(0.05, adaptive=False), Sharpness(0.05, adaptive=True)
 
@@ -182,7 +183,7 @@ def test_what_a_run_leaves_behind(features, tmp_path: Path, capsys: pytest.Captu
 def test_the_dev_loss_is_that_of_the_whole_set(features, tmp_path: Path) -> None:
     """The mean of batch means would be another number: the batches hold 4 and 2 clips."""
     out = train(features, tmp_path / "run", "--num_epochs", "1", task="codecfake")
-    dev = main_train.open_features(features[0], "dev", "mel")
+    dev = dataset.open_features(features[0], "dev", "mel")
     stored, labels = dev.read(np.arange(6))
     with torch.inference_mode():
         logits = model.load_head(out)(stored.float())[1]
@@ -246,12 +247,12 @@ def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> 
         writer.write([0, 1], np.zeros((2, 505, 80), np.float32))
         writer.close()
     make_features(tmp_path / "CF", 4, 3)                 # says nothing of n_fft, so it does not contradict
-    assert main_train.common_front_end([main_train.open_features(tmp_path / "CF", "dev", "mel"),
-                                        main_train.open_features(other, "dev", "mel")])["n_fft"] == 1024
-    clash = [main_train.open_features(other, part, "mel") for part in ("train", "dev")]
+    assert dataset.common_front_end([dataset.open_features(tmp_path / "CF", "dev", "mel"),
+                                        dataset.open_features(other, "dev", "mel")])["n_fft"] == 1024
+    clash = [dataset.open_features(other, part, "mel") for part in ("train", "dev")]
     clash[1].front_end = {"feat": "mel", "n_fft": 512}
     with pytest.raises(InputError, match="made with n_fft 512, .* with 1024"):
-        main_train.common_front_end(clash)
+        dataset.common_front_end(clash)
 
 
 @pytest.mark.parametrize("build", [lambda: model.LCNN("mel"), model.W2VAASIST], ids=["LCNN", "W2VAASIST"])

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import model
-import torch_files
-import xlsr
-from cli import InputError
 from dataset import CLIP_SAMPLES, FEATURE_SHAPES
+from formats import torch_files
+from frontends import xlsr
+from runtime import devices
+from runtime.cli import InputError
 
 PARITY = 1e-4              # absolute; two float32 implementations of the same network differ by about 1e-6
 
@@ -318,19 +319,19 @@ def test_absent_weights_are_explained(tmp_path: Path) -> None:
 
 def test_no_gpu_is_a_clear_line() -> None:
     with pytest.raises(InputError, match="--gpu 99"):
-        model.pick_device(99)
-    assert model.pick_device(-1).type == "cpu"
+        devices.pick_device(99)
+    assert devices.pick_device(-1).type == "cpu"
 
 
 def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(model, "_start", started.append)
-    assert [str(model.pick_device(gpu)) for gpu in (None, 1, -1)] == ["cuda:0", "cuda:1", "cpu"]
+    monkeypatch.setattr(devices, "_start", started.append)
+    assert [str(devices.pick_device(gpu)) for gpu in (None, 1, -1)] == ["cuda:0", "cuda:1", "cpu"]
     assert started == [0, 1]
     with pytest.raises(InputError, match="--gpu 2: expected one of the 2 GPUs"):
-        model.pick_device(2)
+        devices.pick_device(2)
 
 
 @pytest.mark.parametrize("why", ["CUDA error: no kernel image is available for execution on the device", "CUDA error: out of memory"])
@@ -340,9 +341,9 @@ def test_a_gpu_that_cannot_compute_is_a_clear_line(why: str, monkeypatch: pytest
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(model, "_start", refuse)
+    monkeypatch.setattr(devices, "_start", refuse)
     with pytest.raises(InputError, match=f"--gpu 0: .*{why}.*--gpu -1") as caught:
-        model.pick_device(None)
+        devices.pick_device(None)
     assert "\n" not in str(caught.value)
 
 
@@ -350,20 +351,20 @@ def test_a_gpu_that_cannot_compute_is_a_clear_line(why: str, monkeypatch: pytest
                                  "cuFFT error: CUFFT_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
                                  "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
 def test_any_lack_of_memory_says_what_to_lower(why: str) -> None:
-    with pytest.raises(InputError, match="--batch_size 64; lower it"), model.memory_advice(64):
+    with pytest.raises(InputError, match="--batch_size 64; lower it"), devices.memory_advice(64):
         raise RuntimeError(why)
 
 
 def test_float32_is_float32_unless_tf32_is_asked_for() -> None:
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for precision, allowed in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
-        model.set_precision(precision, torch.device("cpu"))
+        devices.set_precision(precision, torch.device("cpu"))
         assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_bfloat16_without_the_arithmetic_is_said(has_bf16: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
-    model.set_precision("bf16", torch.device("cuda:0"))
+    devices.set_precision("bf16", torch.device("cuda:0"))
     said = capsys.readouterr().out
     assert ("GPU has no bfloat16" in said) is not has_bf16

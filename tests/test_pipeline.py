@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import REPO, make_codecfake, make_la, write_tone
 
 import dataset
 import evaluate_score
@@ -22,11 +23,11 @@ import generate_score
 import main_train
 import model
 import preprocess
-from cli import InputError
-from conftest import REPO, make_codecfake, make_la, write_tone
 from dataset import FEATURE_SHAPES, Trial
-from eval_metrics import read_scores
-from feature_cache import CacheWriter, FeatureCache
+from formats.feature_cache import CacheWriter, FeatureCache
+from formats.score_files import read_scores
+from runtime import files
+from runtime.cli import InputError
 
 CPU = ["--gpu", "-1", "--num_workers", "1"]
 PAIRS = [("mel", "lcnn"), ("xls-r-5", "lcnn"), ("xls-r-5", "W2VAASIST")]
@@ -393,10 +394,9 @@ def test_signals_end_cleanly_and_say_how_to_go_on(tmp_path: Path, number: int, c
 
 
 def test_a_second_process_on_the_same_output_stops(tmp_path: Path, corpora: Path) -> None:
-    import cli
 
     command = ["-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU]
-    with cli.only_one(tmp_path / "f/train/mel"), pytest.raises(InputError, match="another process is writing there"):
+    with files.only_one(tmp_path / "f/train/mel"), pytest.raises(InputError, match="another process is writing there"):
         run(preprocess, *command)
     run(preprocess, *command)
     shutil.rmtree(tmp_path / "f")

@@ -13,20 +13,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO, make_codecfake
+from on_ranks import NORMS, comparable, norm_inputs
 
 import generate_score
 import main_train
 import model
 import preprocess
-import ranks
-from cli import InputError
-from conftest import REPO, make_codecfake
 from dataset import FEATURE_SHAPES, Trial
-from feature_cache import CacheWriter
-from on_ranks import NORMS, comparable, norm_inputs
+from formats.feature_cache import CacheWriter
+from runtime import ranks
+from runtime.cli import InputError
 
 CPU = ["--gpu", "-1", "--num_workers", "1"]
-DRIVER = REPO / "tests/on_ranks.py"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def torchrun(logs: Path, *command: object, n: int = 2) -> Outcome:
 
 def on_ranks(folder: Path, case: str, *commands: tuple[str, list]) -> Outcome:
     lines = [json.dumps([(script, [str(word) for word in words]) for script, words in commands])] if commands else []
-    outcome = torchrun(folder / "logs", DRIVER, case, folder, *lines)
+    outcome = torchrun(folder / "logs", "-m", "tests.on_ranks", case, folder, *lines)
     assert outcome.code == 0 or case == "interrupted", "\n".join(outcome.err) + outcome.report
     return outcome
 

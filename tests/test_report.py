@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import evaluate_score
-from eval_metrics import write_scores
+from formats.score_files import write_scores
 
 NAME = "m<script>alert(1)</script>&\x1b[31m".replace("/", "\u2215")
 VOID = {"meta", "img", "br"}

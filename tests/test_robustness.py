@@ -19,25 +19,34 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 import pytest
 import torch
+from conftest import REPO, make_codecfake, write_tone
+from faults import (
+    HOSTILE_PROGRAMS,
+    TWO_FLOATS,
+    Fuse,
+    doubled,
+    fails_with,
+    hostile_archives,
+    hostile_objects,
+    storage_program,
+    write_program,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import cli
 import dataset
-import eval_metrics
 import evaluate_score
-import feature_cache
+import frontends
 import generate_score
 import main_train
 import model
 import preprocess
-import torch_files
-from cli import InputError
-from conftest import REPO, make_codecfake, write_tone
 from dataset import FAKE, REAL, Trial
-from faults import HOSTILE_PROGRAMS, TWO_FLOATS, Fuse, doubled, fails_with, hostile_archives, hostile_objects, storage_program, write_program
-from feature_cache import DONE, CacheWriter, FeatureCache
+from formats import audio, feature_cache, score_files, torch_files
+from formats.feature_cache import DONE, CacheWriter, FeatureCache
+from runtime import cli, devices, files
+from runtime.cli import InputError
 
 CPU = ["--gpu", "-1", "--num_workers", "0"]
 
@@ -317,12 +326,12 @@ def test_running_out_of_memory_says_what_to_lower(features: Path, corpora: Path,
     with monkeypatch.context() as patch, pytest.raises(InputError, match="out of memory with --batch_size 4; lower it"):
         patch.setattr(main_train, "train_step", out_of_memory)
         train(features, tmp_path / "run")
-    monkeypatch.setattr(model.Mel, "forward", out_of_memory)
+    monkeypatch.setattr(frontends.Mel, "forward", out_of_memory)
     with pytest.raises(InputError, match="out of memory with --batch_size 8"):
         run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU)
     with pytest.raises(InputError, match="out of memory with --batch_size 3"):
         run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU, "--batch_size", 3)
-    with pytest.raises(RuntimeError, match="of another kind"), model.memory_advice(1):
+    with pytest.raises(RuntimeError, match="of another kind"), devices.memory_advice(1):
         raise RuntimeError("of another kind")
 
 
@@ -460,7 +469,7 @@ def test_a_second_signal_does_not_break_off_the_clean_end(monkeypatch: pytest.Mo
 
 def test_a_helper_just_forked_leaves_signals_to_its_parent() -> None:
     """Ctrl-C reaches it before it could say so itself."""
-    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); import cli\n"
+    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); from runtime import cli\n"
             "def main():\n"
             "    if helper := os.fork(): sys.exit(os.waitpid(helper, 0)[1])\n"
             "    os.kill(os.getpid(), signal.SIGINT); print('goes on')\n"
@@ -481,13 +490,13 @@ def test_a_worker_that_is_still_ending_is_waited_for() -> None:
 
 def test_the_file_a_dead_worker_was_reading_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [str(write_tone(tmp_path / f"clip{i}.wav", seconds=0.1)) for i in range(8)]
-    real_load = dataset._load_clip
+    real_load = audio._load_clip
 
     def dies_at_the_sixth(path):
         if path == paths[5]:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_load(path)
-    monkeypatch.setattr(dataset, "_load_clip", dies_at_the_sixth)
+    monkeypatch.setattr(audio, "_load_clip", dies_at_the_sixth)
     with pytest.raises(InputError, match=r"a decoding process died while it was reading \S*clip5\.wav; take that file out"):
         list(dataset.clip_batches(paths, [[i] for i in range(8)], 2))
 
@@ -507,18 +516,18 @@ def test_workers_do_not_speak_of_a_parent_that_ended_while_it_took_a_batch(
 
 def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> None:
     """A forked child inherits the descriptor, and with flock the lock."""
-    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); import cli\n"
-            "with cli.only_one(sys.argv[2]):\n"
+    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
+            "with files.only_one(sys.argv[2]):\n"
             "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
             "    time.sleep(30)")
     owner = subprocess.Popen([sys.executable, "-c", code, REPO, tmp_path], stdout=subprocess.PIPE, start_new_session=True)
     try:
         owner.stdout.readline()
-        with pytest.raises(InputError, match="another process is writing there"), cli.only_one(tmp_path):
+        with pytest.raises(InputError, match="another process is writing there"), files.only_one(tmp_path):
             pass
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
-        with cli.only_one(tmp_path):
+        with files.only_one(tmp_path):
             pass
     finally:
         os.killpg(owner.pid, signal.SIGKILL)
@@ -526,7 +535,7 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
 
 def test_two_processes_on_one_result_folder(corpora: Path, tmp_path: Path) -> None:
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
-    with cli.only_one(tmp_path / "r"), pytest.raises(InputError, match="another process is writing there"):
+    with files.only_one(tmp_path / "r"), pytest.raises(InputError, match="another process is writing there"):
         run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU)
 
 
@@ -553,7 +562,7 @@ def test_a_rate_that_no_converter_has_is_refused(tmp_path: Path) -> None:
 def test_a_defect_in_decoding_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path):
         raise RuntimeError("a defect")
-    monkeypatch.setattr(dataset, "_load_clip", fails)
+    monkeypatch.setattr(audio, "_load_clip", fails)
     with pytest.raises(RuntimeError, match="a defect"):
         list(dataset.clip_batches(["x"], [[0]], 0))
 
@@ -577,12 +586,12 @@ def test_a_cache_that_fails_under_its_reader(tmp_path: Path, monkeypatch: pytest
     writer = CacheWriter(folder, [Trial(f"t{i}.wav", "", i % 2, "-") for i in range(2)], {"feat": "mel"}, (505, 80))
     writer.mark_failed([0, 1])
     with pytest.raises(InputError, match="holds no readable row"):
-        feature_cache.open_features(tmp_path, "train", "mel")
+        dataset.open_features(tmp_path, "train", "mel")
 
 
 def test_three_parts_of_which_one_has_no_row_in_the_batch(features: Path) -> None:
     part = FeatureCache(features / "train/mel")
-    joined = feature_cache.JoinedFeatures([part] * 3)
+    joined = dataset.JoinedFeatures([part] * 3)
     assert torch.equal(joined.read(np.array([1, 14]))[0], part.read(np.array([1, 2]))[0].float())
 
 
@@ -590,4 +599,4 @@ def test_three_parts_of_which_one_has_no_row_in_the_batch(features: Path) -> Non
 def test_a_list_of_checksums_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "provenance.json").write_text(text)
     with pytest.raises(InputError, match="provenance.json: damaged"):
-        eval_metrics.read_checksums(tmp_path)
+        score_files.read_checksums(tmp_path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +15,10 @@ import dataset
 import generate_score
 import model
 import preprocess
-from conftest import REPO
+from benchmarks import bench_scale, scale
 from dataset import Trial
-from feature_cache import CacheWriter, FeatureCache
-
-sys.path.insert(0, str(REPO / "benchmarks"))
-
-import bench_scale
-import scale
+from formats import audio, protocols
+from formats.feature_cache import CacheWriter, FeatureCache
 
 ROWS = 40_000
 SHAPE = bench_scale.SHAPE
@@ -60,7 +55,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
         return (clips.__getitems__(batch) for batch in batches)
     monkeypatch.setattr(dataset, "clip_batches", clip_batches)
     monkeypatch.setattr(dataset, "CLIP_SAMPLES", bench_scale.CLIP_SAMPLES)
-    monkeypatch.setattr(dataset, "_load_clip", bench_scale.stand_in_clip)
+    monkeypatch.setattr(audio, "_load_clip", bench_scale.stand_in_clip)
     monkeypatch.setattr(model, "load_frontend", lambda *names: bench_scale.CheapFrontEnd())
 
 
@@ -74,8 +69,8 @@ def test_reading_a_protocol(corpus: Path) -> None:
 def test_looking_for_missing_files(trials: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     listing = [bench_scale.codecfake_name(row) for row in range(ROWS)]
     monkeypatch.setattr(dataset.os, "listdir", lambda folder: listing)
-    assert peak_a_row(lambda: dataset.find_missing(trials)) < 100             # 66
-    assert dataset.find_missing(trials) == []
+    assert peak_a_row(lambda: protocols.find_missing(trials)) < 100             # 66
+    assert protocols.find_missing(trials) == []
 
 
 def test_laying_out_a_cache(tmp_path: Path, trials: list[Trial]) -> None:

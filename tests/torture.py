@@ -1,7 +1,7 @@
 """Kill, damage, starve and lie to the pipeline, and hold what is left against an undisturbed run.
 
-    python tests/torture.py                             # everything, about 10 minutes on 2 cores
-    python tests/torture.py --only kill damage --cases 50 --seed 7
+    python -m tests.torture                             # everything, about 10 minutes on 2 cores
+    python -m tests.torture --only kill damage --cases 50 --seed 7
 
 Prints a table of figures and writes it to tests/TORTURE.md. Exits with 1 if any case fails. Every case ends in
 one of three ways that are right: the result is *equal* to the undisturbed run's, the damage is *detected* and
@@ -30,24 +30,34 @@ from functools import cache, cached_property
 from pathlib import Path
 from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-
 import numpy as np
 import soundfile
 import torch
 
 import dataset
-import evaluation
-import feature_cache
 import generate_score
 import main_train
 import model
 import preprocess
-import torch_files
-from cli import InputError
-from conftest import make_codecfake, make_itw
-from faults import (DISK_ERRORS, HOSTILE_PROGRAMS, TWO_FLOATS, Child, Fuse, Outcome, damage, fails_with, hostile_archives,
-                    hostile_objects, killed, run_child, write_program)
+from evaluation.results import evaluate, find_models
+from formats import feature_cache, torch_files
+from runtime.cli import InputError
+from tests.conftest import make_codecfake, make_itw
+from tests.faults import (
+    DISK_ERRORS,
+    HOSTILE_PROGRAMS,
+    TWO_FLOATS,
+    Child,
+    Fuse,
+    Outcome,
+    damage,
+    fails_with,
+    hostile_archives,
+    hostile_objects,
+    killed,
+    run_child,
+    write_program,
+)
 
 TABLE = Path(__file__).with_name("TORTURE.md")
 CLEAN_END = 5.0            # seconds that an interrupted run may take to end
@@ -218,7 +228,7 @@ def disk(bench: Bench) -> Iterator[Case]:
         yield Case(f"{name}: {gone.name} vanishes, {workers} workers", _vanished(stage, out, gone, moment, workers))
     for stage in bench.stages.values():
         out = stage.new_folder()
-        with mock.patch.object(os, "preadv", _slow(os.preadv)), mock.patch.object(dataset, "_load_clip", _slow(dataset._load_clip)):
+        with mock.patch.object(os, "preadv", _slow(os.preadv)), mock.patch.object(audio, "_load_clip", _slow(audio._load_clip)):
             yield Case(f"{stage.name}: slow reads", stage.ending(out, workers=2))
 
 
@@ -230,8 +240,8 @@ def _refused_then_equal(stage: Stage, out: Path, outcome: Outcome) -> str:
 
 def _vanishing(bench: Bench) -> list[tuple[str, Path, str]]:
     """(stage, file, function after which the file is gone)."""
-    return [("preprocess", bench.folder / "Codecfake/train/strain_001.wav", "dataset.find_missing"),
-            ("score", bench.folder / "Codecfake/test/C2/F02_s_001.wav", "dataset.find_missing"),
+    return [("preprocess", bench.folder / "Codecfake/train/strain_001.wav", "protocols.find_missing"),
+            ("score", bench.folder / "Codecfake/test/C2/F02_s_001.wav", "protocols.find_missing"),
             *(("train", bench.folder / "features/train/mel" / name, "main_train.settings_of") for name in ("features_00000.npy", "features_00001.npy"))]
 
 
@@ -370,10 +380,10 @@ def _load_checkpoint(path: Path) -> object:
 
 
 def _evaluated(folder: Path) -> object:
-    [found] = evaluation.find_models([folder], ("C1", "C2", "C7"))
+    [found] = find_models([folder], ("C1", "C2", "C7"))
     if set(found.files) != {"C1", "C2", "C7"}:
         raise InputError(f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent")
-    results = evaluation.evaluate(found, 0)
+    results = evaluate(found, 0)
     if changed := [str(result.file) for result in results if "changed" in result.extra]:
         raise InputError(f"{', '.join(changed)}: named below the table as edited or damaged")
     return [(result.subset, result.trials.names, result.trials.scores.tolist(), result.trials.is_real.tolist()) for result in results]
@@ -539,7 +549,7 @@ def _read_feature(path: Path) -> None:
     feature = folder / f"0_{path.stem}.pt_real.pt"
     feature.unlink(missing_ok=True)
     feature.symlink_to(path)
-    feature_cache.ReferenceFeatures(folder, "mel").read(np.array([0]))
+    dataset.ReferenceFeatures(folder, "mel").read(np.array([0]))
 
 
 # ── Protocols ────────────────────────────────────────────────────────────────────────────────────
@@ -588,7 +598,7 @@ def _read_list(bench: Bench, task: str, part: str, file: str, data: bytes) -> Ca
 HEADING = "| group | cases | equal | detected | refused | failures | seconds |\n|---|---|---|---|---|---|---|"
 PAGE = """# Survives anything
 
-Made by `python tests/torture.py --seed {seed}`. *Equal*: the result, resumed or repaired where that is called for, has the bytes of an
+Made by `python -m tests.torture --seed {seed}`. *Equal*: the result, resumed or repaired where that is called for, has the bytes of an
 undisturbed run's, or what was read is whole. *Detected*: the damage is named. *Refused*: one line, and nothing is run, lost or half-written.
 
 {table}

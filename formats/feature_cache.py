@@ -20,8 +20,6 @@ equal size keep two, and hidden states have outlying dimensions that leave the o
     xls-r-5, 10 clips, three heads         relative RMS error 0.006 to 0.007; logits move by at most 2e-4
     mel, 720 clips, released Mel-LCNN      log-likelihood ratios move by at most 0.12, no subset's EER does
     mel, 40 of them, largest move of a logit: square root 0.023; equal steps 1.1, cube root 0.032, mu-law 0.033, float8 0.11
-
-A folder full of the reference's own `.pt` files is read through the same interface.
 """
 from __future__ import annotations
 
@@ -32,21 +30,18 @@ import os
 import re
 import threading
 import zlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import cli
-import torch_files
-from cli import InputError
-from dataset import FAKE, FEATURE_SHAPES, REAL, Trial
+from formats.protocols import FAKE, REAL, Trial
+from runtime import cli, files
+from runtime.cli import InputError
 
 FORMAT = "codecfake-cache-1"
 ROWS_PER_SHARD = 4_096     # 1.7 GB of float16 XLS-R features: 181 files for Codecfake's training set
@@ -54,21 +49,6 @@ DTYPES = ("float16", "float32", "sqrt8")
 SQRT_STEPS = 127           # sqrt8: codes run from -127 to 127
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
-
-
-class Features(Protocol):
-    """What training reads from: one corpus part, or several as one."""
-
-    folder: str
-    names: Sequence[str]
-    labels: np.ndarray                 # (N,) int64, REAL or FAKE
-    shape: tuple[int, int]             # (frames, dim)
-    front_end: dict[str, Any]          # what made it; the reference's files record only the feat
-    about: dict[str, Any]              # recorded beside it, not compared: where the weights came from, versions
-    dtype: str                         # one of DTYPES
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features (B, frames, dim) float16 or float32, labels (B,). Raises InputError naming a damaged row."""
 
 
 # ── The index ────────────────────────────────────────────────────────────────────────────────────
@@ -322,7 +302,7 @@ class CacheWriter:
         if not reasons:
             path.unlink(missing_ok=True)
             return
-        with cli.replacing(path) as file:
+        with files.replacing(path) as file:
             file.writelines(f"{self.trials[row].name}\t{cli.printable(reason)}\n" for row, reason in sorted(reasons.items()))
 
     def close(self) -> None:
@@ -363,16 +343,16 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     if needed > free:
         raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
                          "space or choose another disk with -f")
-    with cli.replacing(folder / "trials.tsv", "wb") as file:
+    with files.replacing(folder / "trials.tsv", "wb") as file:
         file.write(trials_text)
     for shard in range(layout.n_shards()):
-        with cli.replacing(layout.shard_path(shard), "wb") as file:
+        with files.replacing(layout.shard_path(shard), "wb") as file:
             file.write(layout.header(shard))
             file.truncate(layout.shard_size(shard))
-    with cli.replacing(folder / "index.npy", "wb") as file:
+    with files.replacing(folder / "index.npy", "wb") as file:
         file.write(_npy_header((layout.rows, 2), np.uint32))
         file.truncate(file.tell() + layout.rows * 8)
-    with cli.replacing(folder / "cache.json") as file:
+    with files.replacing(folder / "cache.json") as file:
         json.dump(meta, file, indent=1)
 
 
@@ -395,7 +375,7 @@ def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
     mended = [path.name for path, (header, size) in wanted.items() if _mend_file(path, header, size)]
     text, path = _trials_text(trials), folder / "trials.tsv"
     if hashlib.sha256(text).hexdigest() == layout.meta["protocol_sha256"] and (not path.exists() or path.read_bytes() != text):
-        with cli.replacing(path, "wb") as file:
+        with files.replacing(path, "wb") as file:
             file.write(text)
         mended.append(path.name)
     return mended
@@ -502,138 +482,3 @@ class FeatureCache:
                 return False
             data, offset = data[count:], offset + count
         return zlib.crc32(out) == self.index[row, 0]
-
-
-class ReferenceFeatures:
-    """A folder of the reference's own files, one pickled tensor a clip.
-
-    `%06d_<name>_<real|fake>.pt` for Codecfake, `%05d_<utterance>_<attack>_<bonafide|spoof>.pt` for 19LA: names
-    hold underscores of their own, so the label is what follows the last one.
-    """
-
-    _NAME = re.compile(r"\d+_(.+)_(real|fake|bonafide|spoof)\.pt")
-    _LARGEST = 2**22       # bytes; the reference's own take 824,774
-
-    def __init__(self, folder: str | Path, feat: str):
-        self.folder, self.front_end, self.about, self.shape, self.dtype = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat], "float32"
-        self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
-        matches = [self._NAME.fullmatch(name) for name in self.files]
-        if None in matches:
-            raise InputError(f"{folder}/{self.files[matches.index(None)]}: expected the reference's "
-                             "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof")
-        self.names = [match[1] for match in matches]
-        self.labels = np.array([REAL if match[2] in ("real", "bonafide") else FAKE for match in matches], dtype=np.int64)
-
-    def require_complete(self) -> None:
-        """The reference's folders do not say how many files belong to them."""
-
-    def check_protocol(self, trials: Sequence[Trial]) -> None:
-        """Raise InputError where a file is of no trial or has another label."""
-        labels = {trial.name: trial.label for trial in trials}
-        for file, name, label in zip(self.files, self.names, self.labels):
-            utterance = name if name in labels else name.rpartition("_")[0]    # 19LA's carry the attack behind the name
-            if labels.get(utterance) != label:
-                raise InputError(f"{self.folder}/{file}: the protocol given with -d has no such trial with that label")
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]), \
-            torch.from_numpy(self.labels[rows])
-
-    def _read_file(self, path: str) -> Tensor:
-        if os.path.getsize(path) > self._LARGEST:
-            raise InputError(f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes")
-        tensor = torch_files.load(path)
-        frames, dim = self.shape
-        # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201, 1024).
-        expected = (1, dim, frames) if self.front_end["feat"] == "mel" else (1, frames, dim)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}")
-        feature = tensor[0].detach().float()
-        feature = feature.T if self.front_end["feat"] == "mel" else feature
-        if not torch.isfinite(feature).all():
-            raise InputError(f"{path}: holds values that are not finite; make the file again or take it out")
-        return feature.contiguous()
-
-
-class JoinedFeatures:
-    """Several parts as one; rows of the second are numbered on from the first's."""
-
-    def __init__(self, parts: Sequence[FeatureCache | ReferenceFeatures]):
-        self.parts = list(parts)
-        self.sizes = [len(part.labels) for part in parts]
-        self.shape, self.front_end, self.about = parts[0].shape, parts[0].front_end, parts[0].about
-        self.folder = " + ".join(part.folder for part in parts)
-        self.labels = np.concatenate([part.labels for part in parts])
-        self._starts = np.cumsum([0, *self.sizes])
-
-    def name(self, row: int) -> str:
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return self.parts[part].names[row - self._starts[part]]
-
-    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        which = np.searchsorted(self._starts, rows, side="right") - 1
-        if (which == which[0]).all():
-            return self.parts[which[0]].read(rows - self._starts[which[0]])
-        features = torch.empty(len(rows), *self.shape)
-        for number, part in enumerate(self.parts):
-            mine = np.flatnonzero(which == number)
-            if len(mine):
-                features[mine] = part.read(rows[mine] - self._starts[number])[0].float()
-        return features, torch.from_numpy(self.labels[rows])
-
-
-def open_features(root: str | Path, part: str, feat: str) -> FeatureCache | ReferenceFeatures:
-    """The complete features of one part, ours or the reference's.
-
-    Raises:
-        InputError: none there, not finished, or made with another front end.
-    """
-    folder = Path(root) / part / feat
-    if not folder.is_dir():
-        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        found = f"found {', '.join(others)} there" if others else f"found no features under {folder.parent}"
-        raise InputError(f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
-                         "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/")
-    if (folder / "cache.json").exists():
-        features = FeatureCache(folder)
-    elif any(name.endswith(".pt") for name in os.listdir(folder)):
-        features = ReferenceFeatures(folder, feat)
-    else:
-        raise InputError(f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py")
-    features.require_complete()
-    if features.front_end["feat"] != feat or features.shape[0] != FEATURE_SHAPES[feat][0]:
-        raise InputError(f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}")
-    if not len(features.labels):
-        raise InputError(f"{folder}: holds no readable row")
-    return features
-
-
-def read_ahead(features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features and labels of each batch in order, read by `threads` threads while the caller computes.
-
-    Threads, not processes: reading and checking release the interpreter, and nothing has to be copied
-    between processes. 0 reads in the caller's own thread. Pinned features reach a GPU while it computes.
-    """
-    def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        found, labels = features.read(rows)
-        return found.pin_memory() if pin else found, labels
-
-    if threads == 0:
-        for rows in batches:
-            cli.stop_if_asked()
-            yield read(rows)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for rows in batches:
-                cli.stop_if_asked()
-                waiting.append(pool.submit(read, rows))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for task in waiting:
-                task.cancel()

@@ -13,11 +13,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-import bootstrap
-import calibration
-from cli import InputError, printable, replacing
-from eval_metrics import compute_det_curve, compute_eer
-from evaluation import SUBSETS, Result
+import eval_metrics
+from eval_metrics import compute_det_curve
+from evaluation import bootstrap
+from evaluation.results import SUBSETS, Result
+from runtime.cli import InputError, printable
+from runtime.files import replacing
 
 EXTENSIONS = (".png", ".pdf", ".svg")
 TICKS = (0.0001, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
@@ -125,10 +126,10 @@ def histograms(results: Sequence[Result], columns: int = MOST_COLUMNS) -> Figure
     Probabilities are drawn as log odds, where a saturated softmax does not hide everything in two bars.
     """
     results = [result for result in results if result.point]
-    probabilities = calibration.holds_probabilities([result.trials for result in results])
+    probabilities = eval_metrics.holds_probabilities([result.trials for result in results])
     figure, panels = _panels(len(results), width=3.4, height=2.5, columns=columns)
     for axes, result in zip(panels, results):
-        real, fake, threshold = (calibration.as_llrs(scores, probabilities)[0]
+        real, fake, threshold = (eval_metrics.as_llrs(scores, probabilities)[0]
                                  for scores in (result.real, result.fake, np.array([result.point.threshold])))
         bins = np.histogram_bin_edges(np.concatenate([real, fake]), bins=60)
         for scores, name, colour in ((real, "real", BLUE), (fake, "fake", ORANGE)):
@@ -181,11 +182,11 @@ def reliability_plot(results: Sequence[Result]) -> Figure:
     colours = _colours([result.subset for result in results])
     for axes, model in zip(panels, models):
         own = [result for result in results if result.model == model]
-        probabilities = calibration.holds_probabilities([result.trials for result in own])
+        probabilities = eval_metrics.holds_probabilities([result.trials for result in own])
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         for i, result in enumerate(own):
-            real, fake = (calibration.as_llrs(scores, probabilities)[0] for scores in (result.real, result.fake))
-            bins = calibration.reliability(real, fake)
+            real, fake = (eval_metrics.as_llrs(scores, probabilities)[0] for scores in (result.real, result.fake))
+            bins = eval_metrics.reliability(real, fake)
             enough = bins.count >= LEAST_IN_BIN
             axes.plot(bins.said[enough], bins.found[enough], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1,
                       color=colours[result.subset], label=result.subset)

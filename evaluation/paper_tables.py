@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cli import InputError
-from evaluation import AVERAGED, COLUMNS, Model, Result, average
-from tables import ABSENT, MARK, Table, percent, signed
+from evaluation.results import AVERAGED, COLUMNS, Model, Result, average
+from evaluation.tables import ABSENT, MARK, Table, percent, signed
+from runtime.cli import InputError
 
 PAPER_COLUMNS = ("19LA", "ITW", "C1", "C2", "C3", "C4", "C5", "C6", "C7", "CAVG", "AVG")
 TABLES = {

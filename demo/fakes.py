@@ -1,4 +1,4 @@
-"""Fakes for `demo.py`: real codecs and vocoder-like resynthesis, each a copy of a clip, aligned and equally long.
+"""Fakes for `python -m demo`: real codecs and vocoder-like resynthesis, each a copy of a clip, aligned and equally long.
 
     copy = CODECS["F03"](clip)                              # GSM 06.10
     copy = RESYNTHESES["A2"](clip, rng)                     # LPC vocoder

@@ -7,6 +7,7 @@ by the size of the file.
 """
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-import cli
-from cli import InputError
+from runtime import files
+from runtime.cli import InputError
 
 LARGEST_FILE = 2**30       # bytes; a head with its optimiser takes 50 million
 LARGEST_PICKLE = 2**22     # bytes of instructions; the released networks take 0.2 million
@@ -58,7 +59,7 @@ def save(path: str | Path, content: Any) -> None:
     """torch.save, whole or not at all. Written in memory first: torch's own writer hides a full disk's error."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with cli.replacing(path, "wb") as file:
+    with files.replacing(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 
@@ -78,6 +79,15 @@ def is_plain(value: Any, limit: int = 1_000_000) -> bool:
         if depth > 20:
             return False
     return False
+
+
+def digest(module: nn.Module) -> str:
+    """SHA-256 of a module's names, shapes and values; the module lies on the CPU."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 # ── The archive ──────────────────────────────────────────────────────────────────────────────────
@@ -114,8 +124,6 @@ class _Name:
 
     def __init__(self, name: str):
         self.name = name
-
-
 _NULL = object()           # marks the start of a tuple's or a container's items on the stack
 
 
@@ -252,3 +260,45 @@ class _Pickle:
     _tuple1 = lambda self, _: self._take(1)                        # noqa: E731
     _tuple2 = lambda self, _: self._take(2)                        # noqa: E731
     _tuple3 = lambda self, _: self._take(3)                        # noqa: E731
+
+
+# ── Released networks ────────────────────────────────────────────────────────────────────────────
+
+MOST_MODULES = 1_000       # in a pickled head; the released ones have about 100, one that holds itself has no end
+# What a released file may name: its own classes and torch's layers, DataParallel among them. They come
+# back as inert records, never as the class.
+RELEASED_CLASSES = (
+    *(f"model.{name}" for name in ("W2VAASIST", "LCNN", "MaxFeatureMap2D", "GraphAttentionLayer",
+                                   "HtrgGraphAttentionLayer", "GraphPool", "Residual_block")),
+    *(f"{layer.__module__}.{layer.__qualname__}" for layer in vars(nn).values()
+      if isinstance(layer, type) and issubclass(layer, nn.Module)),
+)
+
+
+def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict of a pickled module, or of a file that is one."""
+    if isinstance(content, Record):
+        try:
+            weights = _walk_module(content)
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{path}: damaged, or not a pickled network") from None
+    elif isinstance(content, dict):
+        weights = content
+    else:
+        raise InputError(f"{path}: expected weights of a head, found a {type(content).__name__}")
+    return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+
+
+def _walk_module(record: Any) -> dict[str, Tensor]:
+    """What `state_dict()` would give, read off the attributes of a pickled module."""
+    found: dict[str, Tensor] = {}
+    waiting = [("", record)]
+    for prefix, module in waiting:
+        tensors = {**module._parameters, **module._buffers}
+        if any(len(str(name)) > 200 for name in (*tensors, *module._modules)):
+            raise ValueError("names of unusual length")
+        found |= {f"{prefix}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
+        waiting += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        if len(waiting) > MOST_MODULES:
+            raise ValueError("modules without end")
+    return found

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-import bootstrap
-import calibration
 import eval_metrics
-import evaluation
-from cli import InputError
-from eval_metrics import AsvScores, Scores
-from evaluation import Model, Result
-from tables import ABSENT, Table, percent, signed
+from evaluation import bootstrap
+from evaluation.results import Model, Result, evaluate_trials
+from evaluation.tables import ABSENT, Table, percent, signed
+from formats import protocols, score_files
+from formats.score_files import AsvScores, Scores
+from runtime.cli import InputError
 
 # ── Metrics beyond the EER ───────────────────────────────────────────────────────────────────────
 
@@ -57,10 +56,10 @@ def _measure(model: Model, results: Sequence[Result], inputs: MetricInputs, n_mo
         return ["no score file with both classes"]
     dev = {name: _read_dev(find_dev_file(model, given, n_models))
            for name, given in (("threshold", inputs.threshold_from), ("calibrate", inputs.calibrate)) if given}
-    probabilities = calibration.holds_probabilities([result.trials for result in results] + list(dev.values()))
+    probabilities = eval_metrics.holds_probabilities([result.trials for result in results] + list(dev.values()))
     fit = threshold = None
     if "calibrate" in dev:
-        fit = calibration.fit_calibration(calibration.as_llrs(dev["calibrate"].scores, probabilities)[0], dev["calibrate"].is_real)
+        fit = eval_metrics.fit_calibration(eval_metrics.as_llrs(dev["calibrate"].scores, probabilities)[0], dev["calibrate"].is_real)
     if "threshold" in dev:
         _, threshold = eval_metrics.compute_eer(dev["threshold"].real, dev["threshold"].fake)
     for result in results:
@@ -73,16 +72,16 @@ def _measure(model: Model, results: Sequence[Result], inputs: MetricInputs, n_mo
 
 
 def _read_dev(path: Path) -> Scores:
-    trials = eval_metrics.read_scores(path)
+    trials = score_files.read_scores(path)
     if trials.is_real.all() or not trials.is_real.any():
         raise InputError(f"{path}: expected development scores of both classes, got "
                          f"{np.sum(trials.is_real)} real and {np.sum(~trials.is_real)} fake trials")
     return trials
 
 
-def _costs(result: Result, probabilities: bool, fit: calibration.Calibration | None) -> dict[str, object]:
-    real, n_real = calibration.as_llrs(result.real, probabilities)
-    fake, n_fake = calibration.as_llrs(result.fake, probabilities)
+def _costs(result: Result, probabilities: bool, fit: eval_metrics.Calibration | None) -> dict[str, object]:
+    real, n_real = eval_metrics.as_llrs(result.real, probabilities)
+    fake, n_fake = eval_metrics.as_llrs(result.fake, probabilities)
     costs: dict[str, object] = {
         "auc": eval_metrics.compute_auc(result.real, result.fake),
         "min_dcf": eval_metrics.compute_min_dcf(result.real, result.fake),
@@ -126,7 +125,7 @@ def _metric_columns(inputs: MetricInputs) -> dict[str, Callable[[Result], str]]:
 
 
 def _metric_notes(results: Sequence[Result], inputs: MetricInputs, probabilities: bool, threshold: float | None,
-                  fit: calibration.Calibration | None) -> list[str]:
+                  fit: eval_metrics.Calibration | None) -> list[str]:
     notes = []
     if probabilities:
         notes.append("the scores are taken for probabilities (all lie in [0, 1]): actDCF and Cllr use their log odds")
@@ -159,7 +158,7 @@ def by_source_table(results: Sequence[Result], sources: dict[str, dict[str, str]
         own = [sources[result.subset].get(name, "-") for name in result.trials.names]
         parts = [(source, _with_pooled_real(result.trials, np.array([tag == source for tag in own]))) for source in
                  sorted({tag for tag, is_real in zip(own, result.trials.is_real) if not is_real})]
-        found = [(source, evaluation.evaluate_trials(result.model, result.subset, result.file, trials, n_resamples, seed))
+        found = [(source, evaluate_trials(result.model, result.subset, result.file, trials, n_resamples, seed))
                  for source, trials in parts]
         result.extra["by_source"] = [{"source": source, **part.record()} for source, part in found]
         rows += [[result.model, result.subset, "unknown" if source == "-" else source, str(len(part.real)), str(len(part.fake)),
@@ -202,7 +201,7 @@ def compare(a: Model, b: Model, n_resamples: int, seed: int) -> tuple[Table, lis
 
 def _difference(a: Model, b: Model, subset: str, n_resamples: int, seed: int) -> dict[str, object] | None:
     """The record of one subset; None where it has one class only."""
-    ours, theirs = (eval_metrics.read_scores(model.files[subset]) for model in (a, b))
+    ours, theirs = (score_files.read_scores(model.files[subset]) for model in (a, b))
     if ours.is_real.all() or not ours.is_real.any():
         return None
     theirs = _in_order_of(ours, theirs, a.files[subset], b.files[subset])
@@ -238,15 +237,13 @@ def protocol_labels(task: str, root: str | Path, subset: str) -> dict[str, tuple
 
     Raises InputError where the corpus or its protocol is absent or malformed.
     """
-    import dataset                     # brings torch: only who gives a corpus pays for it
-
-    part = dataset.SCORED[task][subset]
-    return {trial.name: (trial.label == dataset.REAL, trial.source) for trial in dataset.read_protocol(task, root, part)}
+    part = protocols.SCORED[task][subset]
+    return {trial.name: (trial.label == protocols.REAL, trial.source) for trial in protocols.read_protocol(task, root, part)}
 
 
 def find_problems(path: str | Path, labels: dict[str, tuple[bool, str]]) -> list[str]:
     """What is wrong with a score file, one line a kind: how many, and the first names."""
-    trials = eval_metrics.read_rows(path)
+    trials = score_files.read_rows(path)
     scored = dict(zip(trials.names, trials.is_real))
     kinds = {
         "missing (in the protocol, not scored)": [name for name in labels if name not in scored],

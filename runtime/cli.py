@@ -1,4 +1,4 @@
-"""What the command lines share: one-line errors, clean interruption, whole-or-nothing files.
+"""What the command lines share: one-line errors, clean interruption, options.
 
 Imports nothing heavy, so that `evaluate_score.py` starts at once.
 """
@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import argparse
 import errno
-import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 USER_ERROR = 2             # exit code of a mistake that the user can mend
 SIGNAL_EXIT = 128          # the shell's convention: 128 + the signal's number
@@ -111,61 +108,6 @@ def printable(text: str) -> str:
 def say(line: str) -> None:
     """Print a line in which names may stand that others chose."""
     print(printable(line))
-
-
-@contextmanager
-def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file beside `path` for writing; rename it to `path` once it is whole and on the disk.
-
-    An exception inside the block removes the partial file and leaves an older `path` as it was.
-    """
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
-        with open(partial, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        try:
-            partial.unlink(missing_ok=True)
-        except OSError:
-            pass                       # the first error is the one worth telling
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-_locks: set[IO] = set()
-
-
-def _leave_locks_to_parent() -> None:
-    for file in _locks:
-        file.close()                   # closing a copy leaves the parent's lock as it is
-
-
-os.register_at_fork(after_in_child=_leave_locks_to_parent)     # else a killed owner's helpers would hold on to its lock
-
-
-@contextmanager
-def only_one(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process. The kernel drops the lock with its owner, however that one ends.
-
-    Raises InputError where another process holds it.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
-        _locks.add(file)
-        try:
-            yield
-        finally:
-            _locks.discard(file)
 
 
 class Parser(argparse.ArgumentParser):

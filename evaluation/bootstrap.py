@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval_metrics import Scores
+from formats.score_files import Scores
 
 N_RESAMPLES = 1000
 COVERAGE = 0.95

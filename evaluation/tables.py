@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cli import printable
-from evaluation import AVERAGED, COLUMNS, SUBSETS, Model, Result, average
+from evaluation.results import AVERAGED, COLUMNS, SUBSETS, Model, Result, average
+from runtime.cli import printable
 
 ABSENT = "-"
 MARK = "*"                 # on the paper's figure for a detector whose scores point the wrong way

@@ -14,9 +14,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-import cli
-from evaluation import Result, sha256
-from tables import Table
+from evaluation.results import Result, sha256
+from evaluation.tables import Table
+from runtime import cli, files
 
 STYLE = """
 :root { color-scheme: light; }
@@ -46,7 +46,7 @@ def write_report(folder: str | Path, tables: Sequence[Table], figures: Sequence[
     """
     path = Path(folder) / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with cli.replacing(path) as file:
+    with files.replacing(path) as file:
         file.write(_page(tables, figures, results, command))
     return path
 

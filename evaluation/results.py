@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-import bootstrap
 import eval_metrics
-from cli import InputError
-from eval_metrics import OperatingPoint, Scores
+from eval_metrics import OperatingPoint
+from evaluation import bootstrap
+from formats import score_files
+from formats.score_files import Scores
+from runtime.cli import InputError
 
 TASKS = {                  # task -> its subsets, as score files name them
     "19LA": ("19LA",),
@@ -149,10 +151,10 @@ def _distinctly_named(models: list[Model]) -> list[Model]:
 
 def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> list[Result]:
     """A result for each of the model's score files. Without resamples there are no intervals."""
-    results, checksums = [], eval_metrics.read_checksums(model.folder)
+    results, checksums = [], score_files.read_checksums(model.folder)
     for subset, path in model.files.items():
-        result = evaluate_trials(model.name, subset, path, eval_metrics.read_scores(path), n_resamples, seed)
-        if not eval_metrics.is_unchanged(path, checksums):
+        result = evaluate_trials(model.name, subset, path, score_files.read_scores(path), n_resamples, seed)
+        if not score_files.is_unchanged(path, checksums):
             result.extra["changed"] = True
         if n_missing := _count_missing(path, subset):
             result.extra["n_missing"] = n_missing

@@ -1,4 +1,4 @@
-"""Clips of real recordings for `demo.py --speech FOLDER`: any format, rate and number of channels.
+"""Clips of real recordings for `python -m demo --speech FOLDER`: any format, rate and number of channels.
 
     clips, skipped = find_clips(Path("LibriSpeech"), wanted=300, rng=np.random.default_rng(1))
 

@@ -1,4 +1,4 @@
-"""Synthetic voices for `demo.py`: source-filter synthesis of endless nonsense speech.
+"""Synthetic voices for `python -m demo`: source-filter synthesis of endless nonsense speech.
 
     speaker = new_speaker(np.random.default_rng(1))
     clip = speak(speaker, 3.0, np.random.default_rng(2))        # 16 kHz, mono, float64

@@ -1,7 +1,7 @@
 """Build miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, in their exact layouts, to try the pipeline on.
 
-    python demo.py                              # data/demo/{Codecfake,LA,ITW}, synthetic voices
-    python demo.py --speech LibriSpeech         # the same from your own recordings
+    python -m demo                              # data/demo/{Codecfake,LA,ITW}, synthetic voices
+    python -m demo --speech LibriSpeech         # the same from your own recordings
 
 Codecfake's fakes are copies by real codecs that libsndfile encodes and decodes; A1..A3, LA's attacks and In-the-Wild's
 fakes are vocoder-like resynthesis. Real and fake take the same last steps to a file, so that no level, length or header
@@ -32,10 +32,11 @@ from scipy.fft import irfft, rfft
 from scipy.signal import lfilter
 from tqdm import tqdm
 
-import cli
-from demo_fakes import CODECS, RESYNTHESES
-from demo_recordings import SUFFIXES, Cut, find_clips, fingerprint
-from demo_voices import Spoken
+from demo.fakes import CODECS, RESYNTHESES
+from demo.recordings import SUFFIXES, Cut, find_clips, fingerprint
+from demo.voices import Spoken
+from runtime import cli
+from runtime.files import only_one
 
 SAMPLE_RATE = 16_000
 RECIPE = 1                         # raise it when the same settings give other files
@@ -116,7 +117,7 @@ def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float =
     texts |= {"speakers.csv": _speakers(files), "README.txt": _readme(voices, seed)}
 
     partial = out.with_name(out.name + ".part")
-    with cli.only_one(partial):
+    with only_one(partial):
         try:
             _empty(partial)
             _make_all(partial, files, seed, workers or len(os.sched_getaffinity(0)))
@@ -279,7 +280,7 @@ def _speakers(files: list[File]) -> str:
 
 
 def _readme(voices: str, seed: int) -> str:
-    return f"""Miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, made by demo.py (seed {seed}).
+    return f"""Miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, made by `python -m demo` (seed {seed}).
 
 Real clips: {voices}.
 Fakes: F01 Opus at 6.5 kbit/s in each of two half bands, F02 Vorbis at its lowest quality, F03 GSM 06.10, F04 G.723 at
@@ -404,7 +405,7 @@ def _is_there(out: Path, settings: dict) -> bool:
     try:
         found = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
-        raise cli.InputError(f"{out}: is not empty and was not made by demo.py; choose another folder with -o") from None
+        raise cli.InputError(f"{out}: is not empty and was not made by `python -m demo`; choose another folder with -o") from None
     if found != settings:
         changed = ", ".join(key for key in settings if found.get(key) != settings[key])
         raise cli.InputError(f"{out}: was made with another {changed}; remove it (make clean-demo), or choose another folder with -o")
@@ -445,7 +446,3 @@ def main(argv: list[str] | None = None) -> None:
     if args.seed < 0 or args.scale <= 0 or (args.num_workers or 1) < 1:
         parser.error("--seed must be 0 or more, --scale and --num_workers more than 0")
     build(args.out, args.speech, args.seed, args.scale, args.num_workers)
-
-
-if __name__ == "__main__":
-    cli.run(main, if_stopped="nothing was kept; run the same command again")

@@ -1,0 +1,1 @@
+"""Miniature corpora to try the pipeline on: `python -m demo`."""

@@ -1,0 +1,212 @@
+"""Corpora as their authors release them: protocols become trials. Plain Python, without torch."""
+from __future__ import annotations
+
+import csv
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.cli import InputError
+
+REAL, FAKE = 0, 1          # labels and logit columns; a score is always higher-is-real
+CODECFAKE_SUBSETS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "A1", "A2", "A3")
+PARTS = {"codecfake": ("train", "dev", *CODECFAKE_SUBSETS), "19LA": ("train", "dev", "eval"), "ITW": ("all",)}
+SCORED = {                 # task -> {subset as score files name it: part of the corpus}
+    "19LA": {"19LA": "eval"},
+    "ITW": {"ITW": "all"},
+    "codecfake": {subset: subset for subset in CODECFAKE_SUBSETS},
+}
+LABEL_WORDS = {"codecfake": ("real", "fake"), "19LA": ("bonafide", "spoof"), "ITW": ("bonafide", "spoof")}
+
+
+class Trial(NamedTuple):           # a million of them are read in seconds; a frozen dataclass takes three times as long
+    """One row of a protocol."""
+
+    name: str      # as score files write it: with .wav in Codecfake, without extension elsewhere
+    path: str
+    label: int     # REAL or FAKE
+    source: str    # codec (F01..F07, L1..L3) or attack (A01..A19), "-" if real or unknown
+
+
+# ── Protocols ────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
+    """All rows of one part of a corpus, in the protocol's order.
+
+    Args:
+        task: "codecfake", "19LA" or "ITW".
+        root: the corpus folder, laid out as its authors release it.
+        part: one of PARTS[task].
+
+    Raises:
+        InputError: no such corpus there, a row that is not one (names the file and the row), or a recording that is both real
+            and fake.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the corpus's folder with -d")
+    collecting = gc.isenabled()
+    gc.disable()                       # a million new tuples would have it look through them all over and over
+    try:
+        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
+    finally:
+        if collecting:
+            gc.enable()
+    if not trials:
+        raise InputError(f"{protocol}: has no rows")
+    if len({trial.path for trial in trials}) < len(trials):      # the same row twice only counts twice, in training
+        _require_one_label_each(protocol, trials)
+    return trials
+
+
+def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
+    labels: dict[str, int] = {}
+    for trial in trials:
+        if labels.setdefault(trial.path, trial.label) != trial.label:
+            raise InputError(f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out")
+
+
+def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
+    """`name.wav real|fake tag`, or the two-column copies without the tag."""
+    names = [part, "L" + part[1]] if part[0] == "A" else [part]
+    protocol = _first_file(root, [f"label/{name}.txt" for name in names])
+    folders = [root / above / name for above in ("test", "") for name in names]
+    if part in ("train", "dev"):
+        folders = [root / part]
+    found = [f for f in folders if f.is_dir()]
+    folder = next((f for f in found if any(os.scandir(f))), (found or folders)[0])
+    folder = str(folder)               # formatting a Path a million times takes a second
+
+    trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
+    for row, fields in _rows(protocol):
+        if len(fields) not in (2, 3):
+            raise _bad_row(protocol, row, "`name.wav real|fake tag`", fields)
+        name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
+        label = _label(protocol, row, fields[1], words)
+        if tag not in sources:
+            sources[tag] = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
+        trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag]))
+    return protocol, trials
+
+
+def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
+    """`speaker utterance - attack key`."""
+    if not (root / "ASVspoof2019_LA_cm_protocols").is_dir() and (root / "LA").is_dir():
+        root = root / "LA"             # LA.zip unpacks into a folder LA of its own
+    kind = "trn" if part == "train" else "trl"
+    protocol = _first_file(root, [f"ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{kind}.txt"])
+    folder = str(root / f"ASVspoof2019_LA_{part}" / "flac")
+
+    trials, words = [], {"bonafide": REAL, "spoof": FAKE}
+    for row, fields in _rows(protocol):
+        if len(fields) != 5:
+            raise _bad_row(protocol, row, "`speaker utterance - attack key`", fields)
+        name = _plain_name(protocol, row, fields[1])
+        label = _label(protocol, row, fields[4], words)
+        attack = _plain_name(protocol, row, fields[3], "attack")
+        trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
+    return protocol, trials
+
+
+def _in_the_wild(root: Path, part: str) -> tuple[Path, list[Trial]]:
+    """The released `meta.csv`, or the reference's five-column `label.txt` with its audio in `wav/`."""
+    if not (root / "meta.csv").is_file() and (root / "release_in_the_wild").is_dir():
+        root = root / "release_in_the_wild"
+    protocol = _first_file(root, ["meta.csv", "label.txt"])
+    words = {"bona-fide": REAL, "bonafide": REAL, "spoof": FAKE}
+    trials = []
+    if protocol.name == "label.txt":
+        for row, fields in _rows(protocol):
+            if len(fields) != 5:
+                raise _bad_row(protocol, row, "five columns with the id in the 2nd and the label in the 5th", fields)
+            name = _plain_name(protocol, row, fields[1])
+            trials.append(Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-"))
+        return protocol, trials
+    for row, fields in _csv_rows(protocol):
+        if len(fields) != 3:
+            raise _bad_row(protocol, row, "`file,speaker,label`", fields)
+        file = _plain_name(protocol, row, fields[0].strip())
+        label = _label(protocol, row, fields[2].strip(), words)
+        trials.append(Trial(Path(file).stem, f"{root}/{file}", label, "-"))
+    return protocol, trials
+
+
+def find_missing(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials whose audio file is not there. Lists each folder once instead of asking file by file."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for trial in trials:
+        folder, _, file = trial.path.rpartition("/")
+        if folder not in present:
+            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if file not in present[folder]:
+            missing.append(trial)
+    return missing
+
+
+def describe_missing(missing: Sequence[Trial], n_trials: int) -> str:
+    """One line: how many of the protocol's files are absent, where, and the first names."""
+    folders = sorted({trial.path.rpartition("/")[0] for trial in missing})
+    first = ", ".join(trial.path.rpartition("/")[2] for trial in missing[:3])
+    return f"{len(missing)} of {n_trials} files named by the protocol are not in {' or '.join(folders[:3])} (first: {first})"
+
+
+def _first_file(root: Path, candidates: list[str]) -> Path:
+    for candidate in candidates:
+        if (root / candidate).is_file():
+            return root / candidate
+    raise InputError(f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout nor that "
+                     "part of it; give the corpus's folder with -d (README, Data)")
+
+
+LONGEST_ROW = 4_096        # characters; no real protocol comes near it
+
+
+def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
+    """(row number from 1, line) of every row that is not blank. Never holds more than LONGEST_ROW of one."""
+    row = 0
+    with open(protocol, encoding="utf-8-sig", newline=None) as file:
+        try:
+            while line := file.readline(LONGEST_ROW + 1):
+                row += 1
+                if len(line) > LONGEST_ROW:
+                    raise InputError(f"{protocol}:{row}: expected a protocol row, got a line of over {LONGEST_ROW} characters")
+                if line.strip():
+                    yield row, line.rstrip("\n")
+        except UnicodeDecodeError:
+            raise InputError(f"{protocol}: not a text file (row {row + 1} or after is not UTF-8)") from None
+
+
+def _rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
+    return ((row, line.split()) for row, line in _lines(protocol))
+
+
+def _csv_rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows of `meta.csv` below its header; a first row that is data is kept as data."""
+    for row, line in _lines(protocol):
+        try:
+            fields = next(csv.reader([line], strict=True))       # each line by itself: a stray quote must not swallow the next
+        except csv.Error as error:
+            raise InputError(f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})") from None
+        if [field.strip() for field in fields] != ["file", "speaker", "label"]:
+            yield row, fields
+
+
+def _plain_name(protocol: Path, row: int, name: str, what: str = "file name") -> str:
+    """The name, once it is sure to stay inside the corpus's folder and to drive no terminal."""
+    if not name or "/" in name or "\\" in name or name in (".", "..") or not name.isprintable():
+        raise InputError(f"{protocol}:{row}: expected a plain {what}, got {name[:60]!r}")
+    return name
+
+
+def _label(protocol: Path, row: int, word: str, words: dict[str, int]) -> int:
+    if word not in words:
+        raise InputError(f"{protocol}:{row}: expected the label {' or '.join(words)}, got {word[:60]!r}")
+    return words[word]
+
+
+def _bad_row(protocol: Path, row: int, expected: str, fields: list[str]) -> InputError:
+    return InputError(f"{protocol}:{row}: expected {expected}, got {len(fields)} columns: {' '.join(fields)[:80]!r}")

@@ -1,0 +1,260 @@
+"""Score files, both ends, and what lies beside them: their provenance, the trials they lack, ASV scores. Plain numpy."""
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime import files
+from runtime.cli import InputError
+
+# ── Score files ──────────────────────────────────────────────────────────────────────────────────
+
+REAL_WORDS = ("real", "bonafide", "bona-fide")
+FAKE_WORDS = ("fake", "spoof")
+UNLABELLED = "-"           # recordings whose label nobody knows: written, but there is nothing to evaluate
+IS_REAL = {word.encode(): word in REAL_WORDS for word in REAL_WORDS + FAKE_WORDS}
+
+
+class Scores(NamedTuple):
+    """The trials of one score file, in its order."""
+
+    names: Sequence[str]       # N
+    scores: np.ndarray         # (N,) float64, higher = more likely real
+    is_real: np.ndarray        # (N,) bool
+
+    @property
+    def real(self) -> np.ndarray:
+        return self.scores[self.is_real]
+
+    @property
+    def fake(self) -> np.ndarray:
+        return self.scores[~self.is_real]
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read a score file of rows `name score word`; the words are REAL_WORDS and FAKE_WORDS.
+
+    An empty file and a file of one class are fine here: it is only their EER that does not exist.
+
+    Raises:
+        InputError: a malformed row, an unknown word, a score that is not a finite number, a name that
+            occurs twice. The message names file and row.
+    """
+    trials = read_rows(path)
+    finite = np.isfinite(trials.scores)
+    if not finite.all():
+        trial = int(np.argmin(finite))
+        raise InputError(f"{path}:{_row_of(path, trial)}: expected a finite score, got {trials.scores[trial]}; "
+                         "score this trial again")
+    if len(set(trials.names)) < len(trials.names):
+        name, count = Counter(trials.names).most_common(1)[0]
+        second = trials.names.index(name, trials.names.index(name) + 1)
+        raise InputError(f"{path}:{_row_of(path, second)}: expected each trial once, got {_shortened(name)} "
+                         f"{count} times; keep one row of it")
+    return trials
+
+
+def read_rows(path: str | Path) -> Scores:
+    """Like read_scores(), but lets non-finite scores and repeated names through, for those who count them."""
+    lines = _read(path)
+    try:
+        return _parse(lines)
+    except (ValueError, KeyError):
+        return _parse(_whole_rows(path, lines))
+
+
+ROW_END = b"\0"            # no score file has it as a word of its own
+
+
+def _parse(lines: bytes) -> Scores:
+    """Score rows without a blank one among them. Column by column: three times as fast as row by row."""
+    lines = lines.rstrip()
+    if not lines:
+        return Scores([], np.empty(0), np.empty(0, dtype=bool))
+    fields = lines.replace(b"\n", b" " + ROW_END + b" ").split() + [ROW_END]
+    names, scores, words, ends = fields[0::4], fields[1::4], fields[2::4], fields[3::4]
+    if 4 * ends.count(ROW_END) != len(fields) or ROW_END in names or b"_" in b" ".join(scores):
+        raise ValueError("a row without exactly three columns, or an underscore, which Python allows in numbers")
+    values = np.array(list(map(float, scores)))
+    is_real = np.array([IS_REAL[word] for word in words])
+    return Scores(b"\n".join(names).decode().split("\n"), values, is_real)
+
+
+def write_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> None:
+    """Write a score file that read_scores() reads back to the last bit, whole or not at all.
+
+    Raises InputError as format_scores(), before anything is written.
+    """
+    text = format_scores(path, names, scores, words)
+    with files.replacing(path) as file:
+        file.write(text)
+
+
+def format_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> str:
+    """What a score file at `path` holds.
+
+    Raises InputError for names as check_names(), for scores that are not finite, for unknown words, and
+    for sequences of unequal length.
+    """
+    if not len(names) == len(scores) == len(words):
+        raise InputError(f"{path}: expected as many names as scores and words, "
+                         f"got {len(names)}, {len(scores)} and {len(words)}")
+    check_names(path, names)
+    lines = []
+    for name, score, word in zip(names, map(float, scores), words):
+        if not np.isfinite(score):
+            raise InputError(f"{path}: expected a finite score for {_shortened(name)}, got {score}")
+        if word.encode() not in IS_REAL and word != UNLABELLED:
+            raise InputError(f"{path}: expected {_known_words()} for {_shortened(name)}, got {_shortened(word)}")
+        lines.append(f"{name} {score!r} {word}\n")
+    return "".join(lines)
+
+
+def check_names(path: str | Path, names: Sequence[str]) -> None:
+    """Raise InputError for a name that no score file can hold: empty, with a blank in it, or there twice."""
+    seen = set()
+    for name in names:
+        if not name or name.split() != [name]:
+            raise InputError(f"{path}: expected a trial's name without blanks, got {_shortened(name)}")
+        if name in seen:
+            raise InputError(f"{path}: expected each trial once, got {_shortened(name)} again")
+        seen.add(name)
+
+
+PROVENANCE = "provenance.json"     # beside score files: what made them, and their SHA-256
+
+
+def read_checksums(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each score file in the folder that generate_score.py wrote. Raises InputError where their list is damaged."""
+    return read_provenance(folder, "sha256")
+
+
+def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
+    """What generate_score.py recorded under this heading of each score file. Raises InputError where that is damaged."""
+    path = Path(folder) / PROVENANCE
+    if not path.is_file():
+        return {}
+    try:
+        recorded = json.loads(path.read_bytes()).get(what, {})
+        if all(isinstance(value, str) for value in recorded.values()):
+            return recorded
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise InputError(f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are")
+
+
+def is_unchanged(path: str | Path, checksums: dict[str, str]) -> bool:
+    """Whether a score file is what generate_score.py wrote, as far as is known: a changed digit has no other mark."""
+    path = Path(path)
+    return checksums.get(path.name) in (None, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def made_of(folder: Path) -> dict[str, str]:
+    """What each score file in the folder holds, as far as generate_score.py recorded it."""
+    return read_provenance(folder, "made_of")
+
+
+def write_provenance(folder: Path, about: dict[str, Any], scores: str, score_file: str, sha256: str) -> None:
+    """What made the scores, and their checksums, which evaluate_score.py holds them against."""
+    checksums = read_checksums(folder) | {score_file: sha256}
+    about = about | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                     "sha256": checksums, "made_of": made_of(folder) | {score_file: scores}}
+    with files.replacing(folder / PROVENANCE) as file:
+        json.dump(about, file, indent=1)
+
+
+def _read(path: str | Path) -> bytes:
+    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")      # the mark some editors put there
+
+
+def _whole_rows(path: str | Path, lines: bytes) -> bytes:
+    """The lines without blank ones. Raises InputError for the first row that is not `name score word`."""
+    rows = []
+    for number, line in enumerate(lines.split(b"\n"), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        if problem := _problem_of(fields):
+            raise InputError(f"{path}:{number}: {problem}; is this a score file of generate_score.py?")
+        rows.append(line)
+    return b"\n".join(rows)
+
+
+def _problem_of(fields: list[bytes]) -> str | None:
+    if len(fields) != 3 or ROW_END in fields:
+        return f"expected `name score word`, got {len(fields)} column(s): {_shortened(b' '.join(fields[:4]))}"
+    name, score, word = fields
+    if not _is_number(score):
+        return f"expected a number as the score, got {_shortened(score)}"
+    if word not in IS_REAL:
+        hint = " (a recording without a label, of which there is nothing to evaluate)" if word == UNLABELLED.encode() else ""
+        return f"expected {_known_words()}, got {_shortened(word)}{hint}"
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return f"expected a name in UTF-8, got {_shortened(name)}"
+    return None
+
+
+def _is_number(text: bytes) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return b"_" not in text
+
+
+def _row_of(path: str | Path, trial: int) -> int:
+    """Row number, from 1, of the trial-th row that is not blank."""
+    return [number for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()][trial]
+
+
+def _known_words() -> str:
+    return "one of " + ", ".join(REAL_WORDS + FAKE_WORDS)
+
+
+def _shortened(text: str | bytes) -> str:
+    text = text[:60].decode(errors="replace") if isinstance(text, bytes) else text
+    return repr(text[:60])
+
+
+# ── Tandem detection cost ────────────────────────────────────────────────────────────────────────
+
+
+class AsvScores(NamedTuple):
+    """Scores of the challenge's speaker verification system, higher = more likely the claimed speaker."""
+
+    target: np.ndarray
+    nontarget: np.ndarray
+    spoof: np.ndarray
+
+
+def read_asv_scores(path: str | Path) -> AsvScores:
+    """Read the organisers' ASV score file of ASVspoof 2019: rows `source key score`.
+
+    Raises InputError for a malformed row, a score that is not finite, or a key without rows.
+    """
+    scores: dict[bytes, list[float]] = {b"target": [], b"nontarget": [], b"spoof": []}
+    for row, line in enumerate(_read(path).split(b"\n"), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            _, key, score = fields
+            scores[key].append(float(score))
+        except (ValueError, KeyError):
+            raise InputError(f"{path}:{row}: expected `source target|nontarget|spoof score`, got {_shortened(line)}; is this "
+                             "ASVspoof2019.LA.asv.eval.gi.trl.scores.txt?") from None
+    arrays = {key.decode(): np.array(values) for key, values in scores.items()}
+    for key, values in arrays.items():
+        if not values.size or not np.isfinite(values).all():
+            raise InputError(f"{path}: expected finite scores of {key} trials, got {'some that are not' if values.size else 'none'}")
+    return AsvScores(**arrays)
