@@ -1,4 +1,5 @@
 """What training and scoring read: trials, clips, features, and the order of training batches."""
+
 from __future__ import annotations
 
 import argparse
@@ -29,7 +30,16 @@ from frontends import FEATURE_SHAPES, load_frontend
 from runtime import cli
 from runtime.cli import InputError
 
-__all__ = ["CLIP_SAMPLES", "FAKE", "FEATURE_SHAPES", "REAL", "SAMPLE_RATE", "Trial", "load_clip", "read_protocol"]
+__all__ = [
+    "CLIP_SAMPLES",
+    "FAKE",
+    "FEATURE_SHAPES",
+    "REAL",
+    "SAMPLE_RATE",
+    "Trial",
+    "load_clip",
+    "read_protocol",
+]
 
 
 # ── Clips ────────────────────────────────────────────────────────────────────────────────────────
@@ -39,11 +49,11 @@ __all__ = ["CLIP_SAMPLES", "FAKE", "FEATURE_SHAPES", "REAL", "SAMPLE_RATE", "Tri
 class ClipBatch:
     """Some clips of a corpus; a file that could not be read is in `failures` instead."""
 
-    rows: list[int]              # positions in the list of paths that was given
-    clips: Tensor                # (len(rows), 64600) float32
-    rates: Counter               # sampling rate in Hz -> number of files
-    failures: dict[int, str]     # row -> one line saying what is wrong with its file
-    digests: list[bytes]         # of the samples: clips with the same one are the same clip
+    rows: list[int]  # positions in the list of paths that was given
+    clips: Tensor  # (len(rows), 64600) float32
+    rates: Counter  # sampling rate in Hz -> number of files
+    failures: dict[int, str]  # row -> one line saying what is wrong with its file
+    digests: list[bytes]  # of the samples: clips with the same one are the same clip
 
 
 class _Clips(torch.utils.data.Dataset):
@@ -69,12 +79,22 @@ class _Clips(torch.utils.data.Dataset):
             rates[rate] += 1
             digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
         mine[1] = -1
-        return ClipBatch(good, torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES), rates, failures, digests)
+        return ClipBatch(
+            good,
+            torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES),
+            rates,
+            failures,
+            digests,
+        )
 
     def left_by_the_dead(self) -> list[str]:
         """The files that processes which have ended were reading."""
-        for _ in range(100):           # a process's connections close a moment before it has ended
-            if left := [self.paths[row] if row >= 0 else "no file" for process, row in self.reading.tolist() if process > 0 and _has_ended(process)]:
+        for _ in range(100):  # a process's connections close a moment before it has ended
+            if left := [
+                self.paths[row] if row >= 0 else "no file"
+                for process, row in self.reading.tolist()
+                if process > 0 and _has_ended(process)
+            ]:
                 return left
             time.sleep(0.02)
         return []
@@ -87,12 +107,19 @@ def _has_ended(process: int) -> bool:
         return True
 
 
-def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int) -> Iterator[ClipBatch]:
+def clip_batches(
+    paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int
+) -> Iterator[ClipBatch]:
     """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one)."""
     clips = _Clips(paths, num_workers)
     loader = torch.utils.data.DataLoader(
-        clips, batch_sampler=batches, num_workers=num_workers, collate_fn=_unchanged,
-        worker_init_fn=_leave_last_word_to_parent, persistent_workers=False)
+        clips,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_last_word_to_parent,
+        persistent_workers=False,
+    )
     try:
         loading = iter(loader)
         if num_workers and threading.current_thread() is threading.main_thread():
@@ -101,12 +128,18 @@ def clip_batches(paths: Sequence[str], batches: Sequence[Sequence[int]], num_wor
         for batch in loading:
             cli.stop_if_asked()
             yield batch
-    except (RuntimeError, OSError, EOFError) as error:         # what a dead process leaves: torch's word, or a broken pipe
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+    ) as error:  # what a dead process leaves: torch's word, or a broken pipe
         left = clips.left_by_the_dead() if num_workers else []
         if not left:
             raise
-        raise InputError(f"a decoding process died while it was reading {' or '.join(left)}; take that file out, or lower "
-                         "--num_workers if memory ran out") from error
+        raise InputError(
+            f"a decoding process died while it was reading {' or '.join(left)}; take that file out, or lower "
+            "--num_workers if memory ran out"
+        ) from error
 
 
 def _unchanged(batch: ClipBatch) -> ClipBatch:
@@ -117,10 +150,12 @@ def _leave_last_word_to_parent(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = _say_nothing      # the thread that hands tensors over reports a parent which ends while it takes one
+    sys.excepthook = _say_nothing  # the thread that hands tensors over reports a parent which ends while it takes one
 
 
-def _say_nothing(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _say_nothing(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     pass
 
 
@@ -140,11 +175,11 @@ class Features(Protocol):
 
     folder: str
     names: Sequence[str]
-    labels: np.ndarray                 # (N,) int64, REAL or FAKE
-    shape: tuple[int, int]             # (frames, dim)
-    front_end: dict[str, Any]          # what made it; the reference's files record only the feat
-    about: dict[str, Any]              # recorded beside it, not compared: where the weights came from, versions
-    dtype: str                         # one of DTYPES
+    labels: np.ndarray  # (N,) int64, REAL or FAKE
+    shape: tuple[int, int]  # (frames, dim)
+    front_end: dict[str, Any]  # what made it; the reference's files record only the feat
+    about: dict[str, Any]  # recorded beside it, not compared: where the weights came from, versions
+    dtype: str  # one of DTYPES
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features (B, frames, dim) float16 or float32, labels (B,). Raises InputError naming a damaged row."""
@@ -158,17 +193,28 @@ class ReferenceFeatures:
     """
 
     _NAME = re.compile(r"\d+_(.+)_(real|fake|bonafide|spoof)\.pt")
-    _LARGEST = 2**22       # bytes; the reference's own take 824,774
+    _LARGEST = 2**22  # bytes; the reference's own take 824,774
 
     def __init__(self, folder: str | Path, feat: str):
-        self.folder, self.front_end, self.about, self.shape, self.dtype = str(folder), {"feat": feat}, {}, FEATURE_SHAPES[feat], "float32"
+        self.folder, self.front_end, self.about, self.shape, self.dtype = (
+            str(folder),
+            {"feat": feat},
+            {},
+            FEATURE_SHAPES[feat],
+            "float32",
+        )
         self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         matches = [self._NAME.fullmatch(name) for name in self.files]
         if None in matches:
-            raise InputError(f"{folder}/{self.files[matches.index(None)]}: expected the reference's "
-                             "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof")
+            raise InputError(
+                f"{folder}/{self.files[matches.index(None)]}: expected the reference's "
+                "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof"
+            )
         self.names = [match[1] for match in matches]
-        self.labels = np.array([REAL if match[2] in ("real", "bonafide") else FAKE for match in matches], dtype=np.int64)
+        self.labels = np.array(
+            [REAL if match[2] in ("real", "bonafide") else FAKE for match in matches],
+            dtype=np.int64,
+        )
 
     def require_complete(self) -> None:
         """The reference's folders do not say how many files belong to them."""
@@ -177,28 +223,39 @@ class ReferenceFeatures:
         """Raise InputError where a file is of no trial or has another label."""
         labels = {trial.name: trial.label for trial in trials}
         for file, name, label in zip(self.files, self.names, self.labels):
-            utterance = name if name in labels else name.rpartition("_")[0]    # 19LA's carry the attack behind the name
+            utterance = (
+                name if name in labels else name.rpartition("_")[0]
+            )  # 19LA's carry the attack behind the name
             if labels.get(utterance) != label:
-                raise InputError(f"{self.folder}/{file}: the protocol given with -d has no such trial with that label")
+                raise InputError(
+                    f"{self.folder}/{file}: the protocol given with -d has no such trial with that label"
+                )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]), \
-            torch.from_numpy(self.labels[rows])
+        return torch.stack(
+            [self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]
+        ), torch.from_numpy(self.labels[rows])
 
     def _read_file(self, path: str) -> Tensor:
         if os.path.getsize(path) > self._LARGEST:
-            raise InputError(f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes")
+            raise InputError(
+                f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes"
+            )
         tensor = torch_files.load(path)
         frames, dim = self.shape
         # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201, 1024).
         expected = (1, dim, frames) if self.front_end["feat"] == "mel" else (1, frames, dim)
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}")
+            raise InputError(
+                f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}"
+            )
         feature = tensor[0].detach().float()
         feature = feature.T if self.front_end["feat"] == "mel" else feature
         if not torch.isfinite(feature).all():
-            raise InputError(f"{path}: holds values that are not finite; make the file again or take it out")
+            raise InputError(
+                f"{path}: holds values that are not finite; make the file again or take it out"
+            )
         return feature.contiguous()
 
 
@@ -238,29 +295,42 @@ def open_features(root: str | Path, part: str, feat: str) -> FeatureCache | Refe
     folder = Path(root) / part / feat
     if not folder.is_dir():
         others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        found = f"found {', '.join(others)} there" if others else f"found no features under {folder.parent}"
-        raise InputError(f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
-                         "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/")
+        found = (
+            f"found {', '.join(others)} there"
+            if others
+            else f"found no features under {folder.parent}"
+        )
+        raise InputError(
+            f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
+            "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/"
+        )
     if (folder / "cache.json").exists():
         features = FeatureCache(folder)
     elif any(name.endswith(".pt") for name in os.listdir(folder)):
         features = ReferenceFeatures(folder, feat)
     else:
-        raise InputError(f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py")
+        raise InputError(
+            f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py"
+        )
     features.require_complete()
     if features.front_end["feat"] != feat or features.shape[0] != FEATURE_SHAPES[feat][0]:
-        raise InputError(f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}")
+        raise InputError(
+            f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}"
+        )
     if not len(features.labels):
         raise InputError(f"{folder}: holds no readable row")
     return features
 
 
-def read_ahead(features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+def read_ahead(
+    features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and labels of each batch in order, read by `threads` threads while the caller computes.
 
     Threads, not processes: reading and checking release the interpreter, and nothing has to be copied
     between processes. 0 reads in the caller's own thread. Pinned features reach a GPU while it computes.
     """
+
     def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         found, labels = features.read(rows)
         return found.pin_memory() if pin else found, labels
@@ -291,26 +361,41 @@ def common_front_end(parts: Sequence[Any]) -> dict[str, Any]:
     for part in parts:
         for key, value in part.front_end.items():
             if merged.setdefault(key, value) != value:
-                raise InputError(f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
-                                 "train on features of one front end")
+                raise InputError(
+                    f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
+                    "train on features of one front end"
+                )
     return merged
 
 
-def check_origin(args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]) -> None:
+def check_origin(
+    args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]
+) -> None:
     """Hold the features against --ssl and -d where they are given."""
     shape = FEATURE_SHAPES[args.feat]
     for features in sets.values():
         if features.shape != shape:
-            raise InputError(f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
-                             "they were made with wav2vec 2.0 weights of another size")
+            raise InputError(
+                f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
+                "they were made with wav2vec 2.0 weights of another size"
+            )
     if args.ssl and args.feat != "mel":
         for key, value in load_frontend(args.feat, args.ssl).fingerprint().items():
             if front_end.get(key, value) != value:
-                raise InputError(f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}")
+                raise InputError(
+                    f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}"
+                )
     if args.path_to_database:
         for part, features in sets.items():
-            for task, own in zip(("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,), features.parts):
-                folder = {"codecfake": "Codecfake", "19LA": "LA"}[task] if args.train_task == "co-train" else "."
+            for task, own in zip(
+                ("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,),
+                features.parts,
+            ):
+                folder = (
+                    {"codecfake": "Codecfake", "19LA": "LA"}[task]
+                    if args.train_task == "co-train"
+                    else "."
+                )
                 trials = read_protocol(task, args.path_to_database / folder, part)
                 own.check_protocol(trials)
 
@@ -321,7 +406,9 @@ def check_origin(args: argparse.Namespace, front_end: dict[str, Any], sets: dict
 # middle of one, without having stored a sampler.
 
 
-def shuffled_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def shuffled_batches(
+    sizes: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
     """Every row of every corpus once, shuffled together.
 
     Args:
@@ -335,7 +422,9 @@ def shuffled_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch: in
     return np.split(order, range(batch_size, len(order), batch_size))
 
 
-def proportional_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+def proportional_batches(
+    sizes: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[np.ndarray]:
     """CSAM's batches (Xie et al., section IV): both corpora in every batch, in the proportion of their sizes.
 
     One epoch is one pass over the larger corpus. Each corpus is shuffled anew when it is exhausted and
@@ -349,18 +438,22 @@ def proportional_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch
         Row numbers, a batch an array, the larger corpus's first; the last batch may be short.
     """
     if len(sizes) != 2 or batch_size < 2:
-        raise InputError(f"CSAM takes two corpora and batches of at least 2, got {len(sizes)} and {batch_size}")
+        raise InputError(
+            f"CSAM takes two corpora and batches of at least 2, got {len(sizes)} and {batch_size}"
+        )
     large, small = (0, 1) if sizes[0] >= sizes[1] else (1, 0)
     offset = (0, sizes[0])
     of_large = min(max(round(batch_size * sizes[large] / sum(sizes)), 1), batch_size - 1)
     n_batches = -(-sizes[large] // of_large)
-    left_over = sizes[large] - (n_batches - 1) * of_large        # of the larger corpus, in the last batch
+    left_over = sizes[large] - (n_batches - 1) * of_large  # of the larger corpus, in the last batch
     of_small = [batch_size - of_large] * (n_batches - 1)
-    of_small.append(min(max(round(left_over * sizes[small] / sizes[large]), 1), batch_size - of_large))
+    of_small.append(
+        min(max(round(left_over * sizes[small] / sizes[large]), 1), batch_size - of_large)
+    )
 
     order = _permutation(sizes[large], seed, large, epoch) + offset[large]
     larger = np.split(order, range(of_large, len(order), of_large))
-    drawn = (epoch - 1) * sum(of_small)                          # of the smaller corpus, in earlier epochs
+    drawn = (epoch - 1) * sum(of_small)  # of the smaller corpus, in earlier epochs
     stream = _endless_passes(sizes[small], seed, small, drawn, sum(of_small)) + offset[small]
     smaller = np.split(stream, np.cumsum(of_small)[:-1])
     return [np.concatenate(pair) for pair in zip(larger, smaller)]
@@ -369,8 +462,10 @@ def proportional_batches(sizes: Sequence[int], batch_size: int, seed: int, epoch
 def _endless_passes(size: int, seed: int, corpus: int, start: int, count: int) -> np.ndarray:
     """Positions start .. start + count of a corpus read pass after pass, each pass shuffled anew."""
     first, last = start // size, (start + count - 1) // size
-    passes = np.concatenate([_permutation(size, seed, corpus, number + 1) for number in range(first, last + 1)])
-    return passes[start - first * size:][:count]
+    passes = np.concatenate(
+        [_permutation(size, seed, corpus, number + 1) for number in range(first, last + 1)]
+    )
+    return passes[start - first * size :][:count]
 
 
 def _permutation(size: int, seed: int, corpus: int, number: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 Everywhere a higher score means "more likely real": target trials are the real (bona fide) ones,
 nontarget trials the fake (spoofed) ones. Rates are fractions, not percent.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -20,9 +21,9 @@ class OperatingPoint(NamedTuple):
     """What deciding at one threshold costs. A trial is accepted as real when its score is above it."""
 
     threshold: float
-    false_rejections: int      # real trials taken for fake
-    false_acceptances: int     # fake trials taken for real
-    eer: float                 # mean of the two rates
+    false_rejections: int  # real trials taken for fake
+    false_acceptances: int  # fake trials taken for real
+    eer: float  # mean of the two rates
 
 
 def compute_eer(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> tuple[float, float]:
@@ -53,7 +54,9 @@ def find_eer_point(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> Ope
     return OperatingPoint(float(thresholds[at]), int(rejected[at]), int(accepted[at]), float(eer))
 
 
-def compute_det_curve(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def compute_det_curve(
+    target_scores: ArrayLike, nontarget_scores: ArrayLike
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Detection error trade-off: both error rates at every distinct score.
 
     Returns:
@@ -74,7 +77,9 @@ def compute_auc(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> float:
     return float(np.sum((far[:-1] - far[1:]) * (2 - frr[:-1] - frr[1:])) / 2)
 
 
-def errors_at(threshold: float, target_scores: ArrayLike, nontarget_scores: ArrayLike) -> tuple[int, int]:
+def errors_at(
+    threshold: float, target_scores: ArrayLike, nontarget_scores: ArrayLike
+) -> tuple[int, int]:
     """(false rejections, false acceptances) when a trial is accepted as real above the threshold."""
     target, nontarget = _both_classes(target_scores, nontarget_scores)
     return int(np.sum(target <= threshold)), int(np.sum(nontarget > threshold))
@@ -88,7 +93,9 @@ def rule_of_three(n_trials: int) -> float:
     return min(1.0, 3 / n_trials)
 
 
-def _both_classes(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def _both_classes(
+    target_scores: ArrayLike, nontarget_scores: ArrayLike
+) -> tuple[np.ndarray, np.ndarray]:
     """The two as flat float64 arrays, once they are sure to have an EER."""
     arrays = []
     for name, scores in (("target (real)", target_scores), ("nontarget (fake)", nontarget_scores)):
@@ -96,26 +103,33 @@ def _both_classes(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> tupl
         if not scores.size:
             raise InputError(f"expected scores of both classes, got no {name} score")
         if not np.isfinite(scores).all():
-            raise InputError(f"expected finite scores, got {np.sum(~np.isfinite(scores))} {name} score(s) that are not")
+            raise InputError(
+                f"expected finite scores, got {np.sum(~np.isfinite(scores))} {name} score(s) that are not"
+            )
         arrays.append(scores)
     return arrays[0], arrays[1]
 
 
-def _count_errors(target: np.ndarray, nontarget: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count_errors(
+    target: np.ndarray, nontarget: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(false rejections, false acceptances, thresholds), each (distinct scores + 1,)."""
     distinct = np.unique(np.concatenate([target, nontarget]))
     rejected = np.searchsorted(np.sort(target), distinct, side="right")
     accepted = nontarget.size - np.searchsorted(np.sort(nontarget), distinct, side="right")
     below_all = np.nextafter(distinct[0], -np.inf)
-    return (np.concatenate([[0], rejected]), np.concatenate([[nontarget.size], accepted]),
-            np.concatenate([[below_all], distinct]))
+    return (
+        np.concatenate([[0], rejected]),
+        np.concatenate([[nontarget.size], accepted]),
+        np.concatenate([[below_all], distinct]),
+    )
 
 
 # ── Detection costs ──────────────────────────────────────────────────────────────────────────────
 
 # ASVspoof 5, track 1: the prior and the costs of its detection cost function.
 P_SPOOF, C_MISS, C_FA = 0.05, 1.0, 10.0
-BAYES_THRESHOLD = -float(np.log(C_MISS * (1 - P_SPOOF) / (C_FA * P_SPOOF)))     # -ln 1.9 = -0.642
+BAYES_THRESHOLD = -float(np.log(C_MISS * (1 - P_SPOOF) / (C_FA * P_SPOOF)))  # -ln 1.9 = -0.642
 
 
 def compute_min_dcf(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> float:
@@ -130,7 +144,9 @@ def compute_act_dcf(target_llrs: ArrayLike, nontarget_llrs: ArrayLike) -> float:
     As in the challenge's evaluation package, a trial exactly at the threshold is accepted here.
     """
     target, nontarget = _both_classes(target_llrs, nontarget_llrs)
-    return float(_normalised_dcf(np.mean(target < BAYES_THRESHOLD), np.mean(nontarget >= BAYES_THRESHOLD)))
+    return float(
+        _normalised_dcf(np.mean(target < BAYES_THRESHOLD), np.mean(nontarget >= BAYES_THRESHOLD))
+    )
 
 
 def compute_cllr(target_llrs: ArrayLike, nontarget_llrs: ArrayLike) -> float:
@@ -151,8 +167,8 @@ LOWEST_ABOVE_ZERO = 2.0**-149
 
 
 class LogOdds(NamedTuple):
-    llrs: np.ndarray           # (N,) natural logarithms
-    n_saturated: int           # probabilities of exactly 0 or 1, moved to the nearest float32 inside
+    llrs: np.ndarray  # (N,) natural logarithms
+    n_saturated: int  # probabilities of exactly 0 or 1, moved to the nearest float32 inside
 
 
 def are_probabilities(scores: np.ndarray) -> bool:
@@ -174,7 +190,9 @@ def to_log_odds(probabilities: ArrayLike) -> LogOdds:
     return LogOdds(np.log(p) - np.log1p(-p), int(np.sum(~inside)))
 
 
-def compute_min_tdcf_2019(target_scores: ArrayLike, nontarget_scores: ArrayLike, asv: AsvScores) -> float:
+def compute_min_tdcf_2019(
+    target_scores: ArrayLike, nontarget_scores: ArrayLike, asv: AsvScores
+) -> float:
     """Minimum normalised tandem detection cost in its *legacy* form, that of ASVspoof 2019.
 
     Kinnunen et al., "t-DCF", Odyssey 2018, eq. (10) and (11), with the 2019 evaluation plan's costs.
@@ -191,7 +209,9 @@ def compute_min_tdcf_2019(target_scores: ArrayLike, nontarget_scores: ArrayLike,
     c1 = p_target * (c_miss_cm - c_miss_asv * asv_miss) - p_nontarget * c_fa_asv * asv_fa
     c2 = c_fa_cm * p_spoof * (1 - asv_spoof_miss)
     if min(c1, c2) <= 0:
-        raise InputError("these ASV scores leave a tandem cost of zero or less; the legacy t-DCF is not defined for them")
+        raise InputError(
+            "these ASV scores leave a tandem cost of zero or less; the legacy t-DCF is not defined for them"
+        )
     frr, far, _ = compute_det_curve(target_scores, nontarget_scores)
     return float((c1 * frr + c2 * far).min() / min(c1, c2))
 
@@ -229,8 +249,8 @@ def fit_calibration(dev_llrs: np.ndarray, is_real: np.ndarray) -> Calibration:
 class Reliability(NamedTuple):
     """How often trials said to be real with some probability are real. One entry a bin that has trials."""
 
-    said: np.ndarray           # mean probability of being real
-    found: np.ndarray          # share of real trials among them, classes weighted equally
+    said: np.ndarray  # mean probability of being real
+    found: np.ndarray  # share of real trials among them, classes weighted equally
     count: np.ndarray
 
 

@@ -9,6 +9,7 @@ Reads `<subset>_result.txt` (rows `name score word`) in each result folder and i
 folder is a model. Prints a table with a row a model, and below it what each EER is worth. Writes
 nothing but the files asked for.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,42 +30,104 @@ FORMATS = ("table", "markdown", "csv", "json", "latex")
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="EER tables, what they are worth, and plots, from score files.")
-    parser.add_argument("--result_folder", nargs="+", default=["result"], metavar="DIR",
-                        help="folders with score files, or with one sub-folder a model (default: result)")
-    parser.add_argument("-t", "--task", choices=TASKS, help="only the subsets of this task (default: all)")
-    parser.add_argument("--format", choices=FORMATS, default="table",
-                        help="of what is printed (default: table); json holds everything")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"),
-                        help="paired bootstrap of two models: their folders, or their names in the result folder")
+    parser = argparse.ArgumentParser(
+        description="EER tables, what they are worth, and plots, from score files."
+    )
+    parser.add_argument(
+        "--result_folder",
+        nargs="+",
+        default=["result"],
+        metavar="DIR",
+        help="folders with score files, or with one sub-folder a model (default: result)",
+    )
+    parser.add_argument(
+        "-t", "--task", choices=TASKS, help="only the subsets of this task (default: all)"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="table",
+        help="of what is printed (default: table); json holds everything",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar=("A", "B"),
+        help="paired bootstrap of two models: their folders, or their names in the result folder",
+    )
 
     worth = parser.add_argument_group("what an EER is worth")
     worth.add_argument("--no_ci", action="store_true", help="no bootstrap intervals")
-    worth.add_argument("--resamples", type=cli.at_least(1), default=bootstrap.N_RESAMPLES, metavar="N",
-                       help="bootstrap resamples (default: %(default)s)")
-    worth.add_argument("--seed", type=cli.at_least(0), default=0, help="of the bootstrap (default: %(default)s)")
-    worth.add_argument("--paper", nargs="?", const="", metavar="TABLE:ROW",
-                       help="the paper's figures beside ours; the row is told from the name of a released model, or given")
+    worth.add_argument(
+        "--resamples",
+        type=cli.at_least(1),
+        default=bootstrap.N_RESAMPLES,
+        metavar="N",
+        help="bootstrap resamples (default: %(default)s)",
+    )
+    worth.add_argument(
+        "--seed", type=cli.at_least(0), default=0, help="of the bootstrap (default: %(default)s)"
+    )
+    worth.add_argument(
+        "--paper",
+        nargs="?",
+        const="",
+        metavar="TABLE:ROW",
+        help="the paper's figures beside ours; the row is told from the name of a released model, or given",
+    )
 
     more = parser.add_argument_group("more metrics")
-    more.add_argument("--metrics", action="store_true", help="AUC, and minDCF, actDCF and Cllr of ASVspoof 5")
-    more.add_argument("--asv_scores", metavar="FILE", help="ASVspoof 2019's ASV scores: adds 19LA's min t-DCF (legacy 2019)")
-    more.add_argument("--threshold_from", metavar="DEV",
-                      help="development score file: adds accuracy, FRR and FAR at its EER threshold")
-    more.add_argument("--calibrate", metavar="DEV", help="development score file: adds actDCF and Cllr calibrated on it")
+    more.add_argument(
+        "--metrics", action="store_true", help="AUC, and minDCF, actDCF and Cllr of ASVspoof 5"
+    )
+    more.add_argument(
+        "--asv_scores",
+        metavar="FILE",
+        help="ASVspoof 2019's ASV scores: adds 19LA's min t-DCF (legacy 2019)",
+    )
+    more.add_argument(
+        "--threshold_from",
+        metavar="DEV",
+        help="development score file: adds accuracy, FRR and FAR at its EER threshold",
+    )
+    more.add_argument(
+        "--calibrate",
+        metavar="DEV",
+        help="development score file: adds actDCF and Cllr calibrated on it",
+    )
 
     corpus = parser.add_argument_group("against the corpus")
-    corpus.add_argument("-d", "--path_to_database", metavar="CORPUS",
-                        help="corpus of the task (default task: codecfake): its protocol is held against the score files")
-    corpus.add_argument("--strict", action="store_true", help="a score file that does not match the protocol is an error")
-    corpus.add_argument("--by", choices=["source"], help="EER of each codec or attack against all real trials")
+    corpus.add_argument(
+        "-d",
+        "--path_to_database",
+        metavar="CORPUS",
+        help="corpus of the task (default task: codecfake): its protocol is held against the score files",
+    )
+    corpus.add_argument(
+        "--strict",
+        action="store_true",
+        help="a score file that does not match the protocol is an error",
+    )
+    corpus.add_argument(
+        "--by", choices=["source"], help="EER of each codec or attack against all real trials"
+    )
 
     files = parser.add_argument_group("files to write")
     files.add_argument("--plot", metavar="FILE", help="DET curves (.png, .pdf or .svg)")
-    files.add_argument("--plot_kind", choices=["det", "histogram", "eer", "reliability"], default="det",
-                       help="what --plot draws (default: det; histogram is of one model)")
-    files.add_argument("--report", metavar="DIR", help="a self-contained page of tables, plots and provenance")
-    files.add_argument("--export_asvspoof5", metavar="DIR", help="scores as ASVspoof 5 takes them (filename<TAB>cm-score)")
+    files.add_argument(
+        "--plot_kind",
+        choices=["det", "histogram", "eer", "reliability"],
+        default="det",
+        help="what --plot draws (default: det; histogram is of one model)",
+    )
+    files.add_argument(
+        "--report", metavar="DIR", help="a self-contained page of tables, plots and provenance"
+    )
+    files.add_argument(
+        "--export_asvspoof5",
+        metavar="DIR",
+        help="scores as ASVspoof 5 takes them (filename<TAB>cm-score)",
+    )
     return parser
 
 
@@ -73,11 +136,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if (args.strict or args.by) and not args.path_to_database:
         parser.error("--strict and --by need the corpus: give its folder with -d")
-    if args.compare and (args.plot or args.report or args.by or args.paper is not None or args.strict):
-        parser.error("--compare prints its table only; ask for plots, reports and other tables without it")
-    args.metrics = bool(args.metrics or args.asv_scores or args.threshold_from or args.calibrate or args.report)
+    if args.compare and (
+        args.plot or args.report or args.by or args.paper is not None or args.strict
+    ):
+        parser.error(
+            "--compare prints its table only; ask for plots, reports and other tables without it"
+        )
+    args.metrics = bool(
+        args.metrics or args.asv_scores or args.threshold_from or args.calibrate or args.report
+    )
     if args.format == "csv" and bool(args.metrics) + bool(args.by) + (args.paper is not None) > 1:
-        parser.error("--format csv prints one table: ask for one of --metrics, --by and --paper at a time, or for json")
+        parser.error(
+            "--format csv prints one table: ask for one of --metrics, --by and --paper at a time, or for json"
+        )
     return args
 
 
@@ -91,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if args.plot:
         from evaluation import plots
+
         plots.check_extension(args.plot)
     models = find_models(args.result_folder, subsets)
     labels = check_protocols(args, models) if args.path_to_database else {}
@@ -102,11 +174,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot:
         plots.save(draw(args.plot_kind, results, n_resamples, args.seed), args.plot)
     if args.report:
-        make_report(args, found, results, ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)])
+        make_report(
+            args, found, results, ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)]
+        )
     # CSV is one table: the last one asked for, or the EERs.
-    show(found[-1:] if args.format == "csv" else found, [result.record() for result in results], args.format)
+    show(
+        found[-1:] if args.format == "csv" else found,
+        [result.record() for result in results],
+        args.format,
+    )
     if args.plot:
-        sys.stdout.flush()             # the table first, also where both streams go to one file
+        sys.stdout.flush()  # the table first, also where both streams go to one file
         print(f"plot: {cli.printable(args.plot)}", file=sys.stderr)
 
 
@@ -117,29 +195,56 @@ def pick_model(name: str, folders: Sequence[str], subsets: Sequence[str]) -> Mod
     else:
         models = [model for model in find_models(folders, subsets) if model.name == name]
     if not models:
-        raise InputError(f"--compare: {name}: expected a folder of score files, or the name of a model in {' or '.join(folders)}")
+        raise InputError(
+            f"--compare: {name}: expected a folder of score files, or the name of a model in {' or '.join(folders)}"
+        )
     return models[0]
 
 
-def check_protocols(args: argparse.Namespace, models: Sequence[Model]) -> dict[str, dict[str, tuple[bool, str]]]:
+def check_protocols(
+    args: argparse.Namespace, models: Sequence[Model]
+) -> dict[str, dict[str, tuple[bool, str]]]:
     """Hold the score files against the corpus: warn, or with --strict end. Returns subset -> trial -> (is real, source)."""
-    scored = [subset for subset in TASKS[args.task or "codecfake"] if any(subset in model.files for model in models)]
+    scored = [
+        subset
+        for subset in TASKS[args.task or "codecfake"]
+        if any(subset in model.files for model in models)
+    ]
     if not scored:
-        raise InputError(f"-d {args.path_to_database}: no score file of {args.task or 'codecfake'} to hold against it; "
-                         "name the corpus's task with -t")
-    labels = {subset: analyses.protocol_labels(args.task or "codecfake", args.path_to_database, subset) for subset in scored}
-    problems = [problem for model in models for subset in scored if subset in model.files
-                for problem in analyses.find_problems(model.files[subset], labels[subset])]
+        raise InputError(
+            f"-d {args.path_to_database}: no score file of {args.task or 'codecfake'} to hold against it; "
+            "name the corpus's task with -t"
+        )
+    labels = {
+        subset: analyses.protocol_labels(args.task or "codecfake", args.path_to_database, subset)
+        for subset in scored
+    }
+    problems = [
+        problem
+        for model in models
+        for subset in scored
+        if subset in model.files
+        for problem in analyses.find_problems(model.files[subset], labels[subset])
+    ]
     for problem in problems:
-        print(cli.printable(f"{'mismatch' if args.strict else 'warning'}: {problem}"), file=sys.stderr)
+        print(
+            cli.printable(f"{'mismatch' if args.strict else 'warning'}: {problem}"), file=sys.stderr
+        )
     if problems and args.strict:
-        raise InputError(f"{len(problems)} mismatch(es) between the score files and the protocols of {args.path_to_database}, "
-                         "named above; score the missing trials, remove the others, or leave out --strict")
+        raise InputError(
+            f"{len(problems)} mismatch(es) between the score files and the protocols of {args.path_to_database}, "
+            "named above; score the missing trials, remove the others, or leave out --strict"
+        )
     return labels
 
 
-def make_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequence[Result], subsets: Sequence[str],
-                labels: dict[str, dict[str, tuple[bool, str]]]) -> list[Table]:
+def make_tables(
+    args: argparse.Namespace,
+    models: Sequence[Model],
+    results: Sequence[Result],
+    subsets: Sequence[str],
+    labels: dict[str, dict[str, tuple[bool, str]]],
+) -> list[Table]:
     """The tables asked for. The analyses leave their figures in the results' `extra`, for JSON."""
     found = [tables.eer_table(results, models, subsets)]
     if not args.no_ci and args.format != "csv":
@@ -149,8 +254,15 @@ def make_tables(args: argparse.Namespace, models: Sequence[Model], results: Sequ
         inputs = analyses.MetricInputs(asv, args.threshold_from, args.calibrate)
         found.append(analyses.metrics_table(models, results, inputs))
     if args.by:
-        sources = {subset: {name: source for name, (_, source) in rows.items()} for subset, rows in labels.items()}
-        found.append(analyses.by_source_table(results, sources, 0 if args.no_ci else args.resamples, args.seed))
+        sources = {
+            subset: {name: source for name, (_, source) in rows.items()}
+            for subset, rows in labels.items()
+        }
+        found.append(
+            analyses.by_source_table(
+                results, sources, 0 if args.no_ci else args.resamples, args.seed
+            )
+        )
     if args.paper is not None:
         found.append(paper_tables.comparison_table(models, results, args.paper))
     return found
@@ -163,22 +275,46 @@ def draw(kind: str, results: Sequence[Result], n_resamples: int, seed: int):
     if kind == "det":
         return plots.det_plot(results, plots.det_bands(results, seed=seed) if n_resamples else None)
     if kind == "histogram" and len({result.model for result in results}) > 1:
-        raise InputError("--plot_kind histogram draws one model; name its folder with --result_folder")
-    return {"histogram": plots.histograms, "eer": plots.eer_bars, "reliability": plots.reliability_plot}[kind](results)
+        raise InputError(
+            "--plot_kind histogram draws one model; name its folder with --result_folder"
+        )
+    return {
+        "histogram": plots.histograms,
+        "eer": plots.eer_bars,
+        "reliability": plots.reliability_plot,
+    }[kind](results)
 
 
-def make_report(args: argparse.Namespace, found: Sequence[Table], results: Sequence[Result], command: Sequence[str]) -> None:
+def make_report(
+    args: argparse.Namespace,
+    found: Sequence[Table],
+    results: Sequence[Result],
+    command: Sequence[str],
+) -> None:
     from evaluation import plots, report
 
     n_resamples = 0 if args.no_ci else args.resamples
     shaded = ", 95 % intervals shaded" if n_resamples else ""
-    figures = [("True EERs (over 50 %: the scores point the wrong way) on a square-root scale", plots.eer_bars(results))]
+    figures = [
+        (
+            "True EERs (over 50 %: the scores point the wrong way) on a square-root scale",
+            plots.eer_bars(results),
+        )
+    ]
     for model in dict.fromkeys(result.model for result in results):
         own = [result for result in results if result.model == model]
-        figures += [(f"{model}: DET curves on normal deviate axes; a dot marks each EER{shaded}", draw("det", own, n_resamples, args.seed)),
-                    (f"{model}: reliability at even odds; on the diagonal, scores mean what they say (bins of "
-                     f"{plots.LEAST_IN_BIN} trials and more)", plots.reliability_plot(own)),
-                    (f"{model}: scores of real and fake trials", plots.histograms(own, columns=2))]
+        figures += [
+            (
+                f"{model}: DET curves on normal deviate axes; a dot marks each EER{shaded}",
+                draw("det", own, n_resamples, args.seed),
+            ),
+            (
+                f"{model}: reliability at even odds; on the diagonal, scores mean what they say (bins of "
+                f"{plots.LEAST_IN_BIN} trials and more)",
+                plots.reliability_plot(own),
+            ),
+            (f"{model}: scores of real and fake trials", plots.histograms(own, columns=2)),
+        ]
     path = report.write_report(args.report, found, figures, results, shlex.join(command))
     print(f"report: {cli.printable(str(path))}", file=sys.stderr)
 
@@ -190,7 +326,10 @@ def export_asvspoof5(results: Sequence[Result], folder: Path) -> None:
         name = f"{result.model}_{result.subset}.tsv".replace("/", "_")
         with files.replacing(folder / name) as file:
             file.write("filename\tcm-score\n")
-            file.writelines(f"{trial}\t{score!r}\n" for trial, score in zip(result.trials.names, result.trials.scores.tolist()))
+            file.writelines(
+                f"{trial}\t{score!r}\n"
+                for trial, score in zip(result.trials.names, result.trials.scores.tolist())
+            )
 
 
 def show(found: Sequence[Table], records: Sequence[dict], style: str) -> None:

@@ -8,6 +8,7 @@ Reads protocols and audio under -d, writes `<result_folder>/<subset>_result.txt`
 score, label. The score is the probability of bona fide speech, softmax(logits)[real]; higher is more
 real. Several models share one pass over the audio, each with a folder of its own.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,24 +37,74 @@ from formats import protocols, score_files, torch_files
 from runtime import cli, devices, files, ranks
 from runtime.cli import InputError
 
-CORPUS_FOLDERS = {"19LA": Path("data/LA"), "ITW": Path("data/ITW"), "codecfake": Path("data/Codecfake")}
+CORPUS_FOLDERS = {
+    "19LA": Path("data/LA"),
+    "ITW": Path("data/ITW"),
+    "codecfake": Path("data/Codecfake"),
+}
 RECORDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf"}
-THRESHOLD = 0.5            # of the verdict on a person's own recordings
+THRESHOLD = 0.5  # of the verdict on a person's own recordings
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("-t", "--task", choices=(*CORPUS_FOLDERS, "audio"), required=True, help="what to score")
-    parser.add_argument("-d", "--path_to_database", type=Path, metavar="DIR", help="the corpus (default: data/Codecfake, data/LA or data/ITW)")
-    parser.add_argument("--path", type=Path, nargs="+", metavar="FILE|FOLDER", help="recordings of -t audio")
-    parser.add_argument("--subset", nargs="+", choices=protocols.CODECFAKE_SUBSETS, help="only these subsets of -t codecfake")
-    parser.add_argument("--model_folder", type=Path, nargs="+", default=[Path("models/try")], metavar="DIR", help="trained or released heads (default: models/try)")
-    parser.add_argument("--result_folder", type=Path, metavar="DIR", help="where score files go (default: result; -t audio writes none unless given)")
-    parser.add_argument("--ssl", metavar="ID|DIR", help="wav2vec 2.0 weights (default: those the head was trained with)")
-    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32", help="arithmetic (default: %(default)s)")
-    parser.add_argument("--llr", action="store_true", help="write the difference of the logits, which does not saturate, instead of the probability")
-    parser.add_argument("--overwrite", action="store_true", help="score subsets again whose score files are there")
-    parser.add_argument("--skip_missing", action="store_true", help="go on without audio that is absent or unreadable; it is listed beside the scores")
+    parser.add_argument(
+        "-t", "--task", choices=(*CORPUS_FOLDERS, "audio"), required=True, help="what to score"
+    )
+    parser.add_argument(
+        "-d",
+        "--path_to_database",
+        type=Path,
+        metavar="DIR",
+        help="the corpus (default: data/Codecfake, data/LA or data/ITW)",
+    )
+    parser.add_argument(
+        "--path", type=Path, nargs="+", metavar="FILE|FOLDER", help="recordings of -t audio"
+    )
+    parser.add_argument(
+        "--subset",
+        nargs="+",
+        choices=protocols.CODECFAKE_SUBSETS,
+        help="only these subsets of -t codecfake",
+    )
+    parser.add_argument(
+        "--model_folder",
+        type=Path,
+        nargs="+",
+        default=[Path("models/try")],
+        metavar="DIR",
+        help="trained or released heads (default: models/try)",
+    )
+    parser.add_argument(
+        "--result_folder",
+        type=Path,
+        metavar="DIR",
+        help="where score files go (default: result; -t audio writes none unless given)",
+    )
+    parser.add_argument(
+        "--ssl",
+        metavar="ID|DIR",
+        help="wav2vec 2.0 weights (default: those the head was trained with)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=devices.PRECISIONS,
+        default="fp32",
+        help="arithmetic (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llr",
+        action="store_true",
+        help="write the difference of the logits, which does not saturate, instead of the probability",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="score subsets again whose score files are there"
+    )
+    parser.add_argument(
+        "--skip_missing",
+        action="store_true",
+        help="go on without audio that is absent or unreadable; it is listed beside the scores",
+    )
     cli.add_compute_options(parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)")
     return parser
 
@@ -83,15 +134,21 @@ def load_heads(folders: Sequence[Path]) -> dict[str, torch.nn.Module]:
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise InputError("--model_folder names the same folder twice")
-    length = next(n for n in range(1, max(len(path.parts) for path in resolved) + 1)
-                  if len({path.parts[-n:] for path in resolved}) == len(resolved))
-    return {"_".join(path.parts[-length:]).strip("/"): model.load_head(folder) for path, folder in zip(resolved, folders)}
+    length = next(
+        n
+        for n in range(1, max(len(path.parts) for path in resolved) + 1)
+        if len({path.parts[-n:] for path in resolved}) == len(resolved)
+    )
+    return {
+        "_".join(path.parts[-length:]).strip("/"): model.load_head(folder)
+        for path, folder in zip(resolved, folders)
+    }
 
 
 # ── From clips to logits ─────────────────────────────────────────────────────────────────────────
 
 
-Scored = tuple[np.ndarray, dict[int, str], Counter]        # as score_files() yields it
+Scored = tuple[np.ndarray, dict[int, str], Counter]  # as score_files() yields it
 
 
 class Scorer:
@@ -110,17 +167,25 @@ class Scorer:
         self.front_ends: dict[tuple[str, str | None], frontends.FrontEnd] = {}
         self.front_end_of = [self._front_end(name, head, args.ssl) for name, head in heads.items()]
 
-    def _front_end(self, name: str, head: torch.nn.Module, ssl: str | None) -> tuple[str, str | None]:
+    def _front_end(
+        self, name: str, head: torch.nn.Module, ssl: str | None
+    ) -> tuple[str, str | None]:
         """The key of the head's front end, loaded once and held against what the head was trained on."""
-        source = None if head.feat == "mel" else ssl or head.info.get("ssl") or frontends.DEFAULT_SSL
+        source = (
+            None if head.feat == "mel" else ssl or head.info.get("ssl") or frontends.DEFAULT_SSL
+        )
         key = head.feat, source
         if key not in self.front_ends:
-            self.front_ends[key] = model.load_frontend(head.feat, source, self.precision).to(self.device)
+            self.front_ends[key] = model.load_frontend(head.feat, source, self.precision).to(
+                self.device
+            )
         made = self.front_ends[key].fingerprint()
         for what, trained_on in head.info.get("front_end", {}).items():
             if what in made and made[what] != trained_on:
-                raise InputError(f"{name}: was trained on features with {what} {trained_on}, {source or head.feat} gives "
-                                 f"{made[what]}; give the same wav2vec 2.0 weights with --ssl")
+                raise InputError(
+                    f"{name}: was trained on features with {what} {trained_on}, {source or head.feat} gives "
+                    f"{made[what]}; give the same wav2vec 2.0 weights with --ssl"
+                )
         return key
 
     @torch.inference_mode()
@@ -130,8 +195,11 @@ class Scorer:
             full = devices.filled_up(clips, self.batch_size, self.device)
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
             with devices.autocast(self.precision, self.device):
-                found = [head(features[key])[1].float() for head, key in zip(self.heads, self.front_end_of)]
-        return torch.stack(found, dim=1)[:len(clips)].double().cpu().numpy()
+                found = [
+                    head(features[key])[1].float()
+                    for head, key in zip(self.heads, self.front_end_of)
+                ]
+        return torch.stack(found, dim=1)[: len(clips)].double().cpu().numpy()
 
     def score_files(self, parts: dict[str, Sequence[str]], num_workers: int) -> Iterator[Scored]:
         """Logits of audio files, part by part; the ranks share the files.
@@ -158,10 +226,23 @@ class Scorer:
         own: Sequence[int] = place
         # By name, not by position: so a clip of several subsets is always the same rank's, which knows its logits.
         if ranks.size() > 1:
-            own = [row for row in place if zlib.crc32(os.fsencode(os.path.basename(paths[row]))) % ranks.size() == ranks.rank()]
-        return [own[first:first + self.batch_size] for first in range(0, len(own), self.batch_size)]
+            own = [
+                row
+                for row in place
+                if zlib.crc32(os.fsencode(os.path.basename(paths[row]))) % ranks.size()
+                == ranks.rank()
+            ]
+        return [
+            own[first : first + self.batch_size] for first in range(0, len(own), self.batch_size)
+        ]
 
-    def _score_part(self, label: str, place: range, batches: Iterable[dataset.ClipBatch], known: dict[bytes, np.ndarray]) -> Scored:
+    def _score_part(
+        self,
+        label: str,
+        place: range,
+        batches: Iterable[dataset.ClipBatch],
+        known: dict[bytes, np.ndarray],
+    ) -> Scored:
         digests: list[bytes | None] = [None] * len(place)
         failures: dict[int, str] = {}
         rates: Counter = Counter()
@@ -218,7 +299,7 @@ class Subset:
     """One score file to be."""
 
     name: str
-    trials: list[Trial]        # those with audio
+    trials: list[Trial]  # those with audio
     absent: list[Trial]
 
 
@@ -228,8 +309,16 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
     subsets = open_subsets(args)
     scores = [scores_of(head, args) for head in heads.values()]
     for folder, of_head in zip(folders, scores):
-        require_same_scores(folder, of_head, [f"{subset.name}_result.txt" for subset in subsets], args.overwrite)
-    done = ranks.from_first(lambda: {subset.name for subset in subsets if not args.overwrite and finished(subset.name, folders)})
+        require_same_scores(
+            folder, of_head, [f"{subset.name}_result.txt" for subset in subsets], args.overwrite
+        )
+    done = ranks.from_first(
+        lambda: {
+            subset.name
+            for subset in subsets
+            if not args.overwrite and finished(subset.name, folders)
+        }
+    )
     subsets = [subset for subset in subsets if subset.name not in done]
     if not subsets:
         cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
@@ -238,16 +327,28 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
         score_subsets(args, heads, subsets, folders, scores)
 
 
-def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], subsets: Sequence[Subset], folders: Sequence[Path],
-                  scores: Sequence[str]) -> None:
+def score_subsets(
+    args: argparse.Namespace,
+    heads: dict[str, torch.nn.Module],
+    subsets: Sequence[Subset],
+    folders: Sequence[Path],
+    scores: Sequence[str],
+) -> None:
     scorer = Scorer(args, heads)
-    cli.say(f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
-            f"{scorer.device} -> {args.result_folder}")
-    scored = scorer.score_files({subset.name: [trial.path for trial in subset.trials] for subset in subsets}, args.num_workers)
+    cli.say(
+        f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
+        f"{scorer.device} -> {args.result_folder}"
+    )
+    scored = scorer.score_files(
+        {subset.name: [trial.path for trial in subset.trials] for subset in subsets},
+        args.num_workers,
+    )
     for subset, (logits, failures, rates) in zip(subsets, scored):
         if failures and not args.skip_missing:
-            raise InputError(f"{subset.name}: {len(failures)} files cannot be read, first {next(iter(failures.values()))}; "
-                             "or go on without them with --skip_missing")
+            raise InputError(
+                f"{subset.name}: {len(failures)} files cannot be read, first {next(iter(failures.values()))}; "
+                "or go on without them with --skip_missing"
+            )
         if note := dataset.describe_rates(rates):
             cli.say(note)
         if ranks.is_first():
@@ -257,11 +358,17 @@ def score_subsets(args: argparse.Namespace, heads: dict[str, torch.nn.Module], s
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
     """Every subset asked for, its audio looked up before anything is computed."""
-    wanted = {name: part for name, part in protocols.SCORED[args.task].items() if not args.subset or name in args.subset}
+    wanted = {
+        name: part
+        for name, part in protocols.SCORED[args.task].items()
+        if not args.subset or name in args.subset
+    }
     subsets = []
     for name, part in wanted.items():
         trials = dataset.read_protocol(args.task, args.path_to_database, part)
-        score_files.check_names(f"{args.path_to_database}, {name}", [trial.name for trial in trials])
+        score_files.check_names(
+            f"{args.path_to_database}, {name}", [trial.name for trial in trials]
+        )
         missing = ranks.from_first(lambda: protocols.find_missing(trials))
         absent = set(missing)
         present = [trial for trial in trials if trial not in absent]
@@ -271,16 +378,36 @@ def open_subsets(args: argparse.Namespace) -> list[Subset]:
     return subsets
 
 
-def explain_missing(args: argparse.Namespace, name: str, trials: list[Trial], present: list[Trial], missing: list[Trial]) -> None:
+def explain_missing(
+    args: argparse.Namespace,
+    name: str,
+    trials: list[Trial],
+    present: list[Trial],
+    missing: list[Trial],
+) -> None:
     """Say what is absent; stop unless that is expected or allowed."""
-    if name == "A3" and present and {t.label for t in missing} == {REAL} and REAL not in {t.label for t in present}:
-        cli.say(f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
-              "alone, so it will have no EER")
+    if (
+        name == "A3"
+        and present
+        and {t.label for t in missing} == {REAL}
+        and REAL not in {t.label for t in present}
+    ):
+        cli.say(
+            f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
+            "alone, so it will have no EER"
+        )
         return
     line = f"{name}: {protocols.describe_missing(missing, len(trials))}"
     if not present or not args.skip_missing:
-        advice = "leave the subset out with --subset" if args.task == "codecfake" else "give the corpus's folder with -d"
-        raise InputError(f"{line}; fetch them, {advice}" + (", or go on without them with --skip_missing" if present else ""))
+        advice = (
+            "leave the subset out with --subset"
+            if args.task == "codecfake"
+            else "give the corpus's folder with -d"
+        )
+        raise InputError(
+            f"{line}; fetch them, {advice}"
+            + (", or go on without them with --skip_missing" if present else "")
+        )
     cli.say(f"note: {line}; going on without them")
 
 
@@ -291,21 +418,36 @@ def scores_of(head: torch.nn.Module, args: argparse.Namespace) -> str:
 
 def require_same_scores(folder: Path, scores: str, wanted: Sequence[str], overwrite: bool) -> None:
     """Refuse to take another model's score files for these, and say so where they lie beside them."""
-    score_files.read_checksums(folder)                # damaged, it would be found only after hours
-    others = {file: held for file, held in score_files.made_of(folder).items() if held != scores and (folder / file).exists()}
+    score_files.read_checksums(folder)  # damaged, it would be found only after hours
+    others = {
+        file: held
+        for file, held in score_files.made_of(folder).items()
+        if held != scores and (folder / file).exists()
+    }
     for file, held in others.items():
         if file in wanted and not overwrite:
-            raise InputError(f"{folder / file}: holds {held}, asked for are {scores}; give another --result_folder, or --overwrite")
+            raise InputError(
+                f"{folder / file}: holds {held}, asked for are {scores}; give another --result_folder, or --overwrite"
+            )
     if left := [file for file in others if file not in wanted]:
-        cli.say(f"note: {folder}: {', '.join(left)} there hold {others[left[0]]}, not {scores} as what is written now")
+        cli.say(
+            f"note: {folder}: {', '.join(left)} there hold {others[left[0]]}, not {scores} as what is written now"
+        )
 
 
 def finished(subset: str, folders: Sequence[Path]) -> bool:
     return all((folder / f"{subset}_result.txt").exists() for folder in folders)
 
 
-def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits: np.ndarray, failures: dict[int, str],
-                 head: torch.nn.Module, scores: str) -> None:
+def write_subset(
+    args: argparse.Namespace,
+    folder: Path,
+    subset: Subset,
+    logits: np.ndarray,
+    failures: dict[int, str],
+    head: torch.nn.Module,
+    scores: str,
+) -> None:
     """The score file, the list of rows it lacks if it lacks any, and where it comes from."""
     folder.mkdir(parents=True, exist_ok=True)
     words = protocols.LABEL_WORDS[args.task]
@@ -316,20 +458,38 @@ def write_subset(args: argparse.Namespace, folder: Path, subset: Subset, logits:
     else:
         with files.replacing(lacking) as file:
             file.writelines(f"{trial.name} absent\n" for trial in subset.absent)
-            file.writelines(f"{subset.trials[row].name} {cli.printable(reason)}\n" for row, reason in sorted(failures.items()))
+            file.writelines(
+                f"{subset.trials[row].name} {cli.printable(reason)}\n"
+                for row, reason in sorted(failures.items())
+            )
     path = folder / f"{subset.name}_result.txt"
-    text = score_files.format_scores(path, [subset.trials[row].name for row in kept], to_scores(logits[kept], args.llr),
-                                      [words[subset.trials[row].label] for row in kept])
+    text = score_files.format_scores(
+        path,
+        [subset.trials[row].name for row in kept],
+        to_scores(logits[kept], args.llr),
+        [words[subset.trials[row].label] for row in kept],
+    )
     if score_files.made_of(folder).get(path.name, scores) != scores:
-        path.unlink(missing_ok=True)   # no kill may leave it under the name of these weights
+        path.unlink(missing_ok=True)  # no kill may leave it under the name of these weights
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
-    about = {"head": head.name, "feat": head.feat, "scores": "logit difference" if args.llr else "softmax(logits)[real]",
-             "precision": args.precision, "torch": str(torch.__version__), "model": head.info}
-    score_files.write_provenance(folder, about, scores, path.name, hashlib.sha256(text.encode()).hexdigest())
+    about = {
+        "head": head.name,
+        "feat": head.feat,
+        "scores": "logit difference" if args.llr else "softmax(logits)[real]",
+        "precision": args.precision,
+        "torch": str(torch.__version__),
+        "model": head.info,
+    }
+    score_files.write_provenance(
+        folder, about, scores, path.name, hashlib.sha256(text.encode()).hexdigest()
+    )
     with files.replacing(path) as file:
         file.write(text)
     count = len(subset.absent) + len(failures)
-    cli.say(f"{path}: {len(kept)} scores" + (f", {count} trials without one are listed in {lacking.name}" if count else ""))
+    cli.say(
+        f"{path}: {len(kept)} scores"
+        + (f", {count} trials without one are listed in {lacking.name}" if count else "")
+    )
 
 
 # ── A person's own recordings ────────────────────────────────────────────────────────────────────
@@ -344,17 +504,25 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
         return
     kept = [row for row in range(len(paths)) if row not in failures]
     for number, (name, head) in enumerate(heads.items()):
-        print_verdicts(name, head, [paths[row] for row in kept], to_scores(logits[kept, number], llr=False))
+        print_verdicts(
+            name, head, [paths[row] for row in kept], to_scores(logits[kept, number], llr=False)
+        )
         if args.result_folder:
             folder = args.result_folder / name if len(heads) > 1 else args.result_folder
             folder.mkdir(parents=True, exist_ok=True)
-            score_files.write_scores(folder / "audio_result.txt", [quote(os.fsencode(paths[row])) for row in kept],
-                                      to_scores(logits[kept, number], args.llr), [score_files.UNLABELLED] * len(kept))
+            score_files.write_scores(
+                folder / "audio_result.txt",
+                [quote(os.fsencode(paths[row])) for row in kept],
+                to_scores(logits[kept, number], args.llr),
+                [score_files.UNLABELLED] * len(kept),
+            )
             cli.say(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
         for reason in failures.values():
             print(cli.printable(f"not scored: {reason}"), file=sys.stderr)
-        raise InputError(f"{len(failures)} of {len(paths)} recordings were not scored, as listed above")
+        raise InputError(
+            f"{len(failures)} of {len(paths)} recordings were not scored, as listed above"
+        )
 
 
 def find_recordings(given: Sequence[Path]) -> list[str]:
@@ -362,9 +530,13 @@ def find_recordings(given: Sequence[Path]) -> list[str]:
     paths: list[str] = []
     for path in given:
         if path.is_dir():
-            below = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and p.is_file())
+            below = sorted(
+                str(p) for p in path.rglob("*") if p.suffix.lower() in RECORDINGS and p.is_file()
+            )
             if not below:
-                raise InputError(f"{path}: expected recordings in this folder ({', '.join(sorted(RECORDINGS))}), found none")
+                raise InputError(
+                    f"{path}: expected recordings in this folder ({', '.join(sorted(RECORDINGS))}), found none"
+                )
             paths += below
         elif path.exists():
             paths.append(str(path))
@@ -373,22 +545,30 @@ def find_recordings(given: Sequence[Path]) -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def print_verdicts(name: str, head: torch.nn.Module, paths: Sequence[str], scores: np.ndarray) -> None:
+def print_verdicts(
+    name: str, head: torch.nn.Module, paths: Sequence[str], scores: np.ndarray
+) -> None:
     width = max((len(path) for path in paths), default=0)
     cli.say(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}.")
     for path, score in zip(paths, scores):
         verdict = "real" if score > THRESHOLD else "fake"
-        cli.say(f"{path:<{width}}  {soundfile.info(os.fsencode(path)).duration:8.2f} s  {score:.6f}  {verdict}")
+        cli.say(
+            f"{path:<{width}}  {soundfile.info(os.fsencode(path)).duration:8.2f} s  {score:.6f}  {verdict}"
+        )
 
 
 def trained_on(info: dict) -> str:
     """The sentence a verdict has to be read with."""
-    about = {"19LA": "trained on ASVspoof2019 LA (text-to-speech and voice conversion of 2019)",
-             "codecfake": "trained on Codecfake (speech from six neural codecs)",
-             "co-train": "trained on Codecfake and ASVspoof2019 LA"}
+    about = {
+        "19LA": "trained on ASVspoof2019 LA (text-to-speech and voice conversion of 2019)",
+        "codecfake": "trained on Codecfake (speech from six neural codecs)",
+        "co-train": "trained on Codecfake and ASVspoof2019 LA",
+    }
     known = about.get(info.get("train_task"), info.get("trained", "trained on unknown data"))
-    return (f"{known}. The score is its probability of bona fide speech from the first 4.04 s; on other kinds of fakes, "
-            "languages or channels it can be wrong without showing it")
+    return (
+        f"{known}. The score is its probability of bona fide speech from the first 4.04 s; on other kinds of fakes, "
+        "languages or channels it can be wrong without showing it"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 Parameter names are those of the published weights, which load with strict=True; where the published
 network has a quirk that the weights depend on, a comment says so.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,7 +23,16 @@ from frontends import FEATURE_SHAPES, load_frontend
 from runtime import cli
 from runtime.cli import InputError
 
-__all__ = ["HEADS", "LCNN", "W2VAASIST", "WEIGHTS", "build_head", "load_frontend", "load_head", "save_head"]
+__all__ = [
+    "HEADS",
+    "LCNN",
+    "W2VAASIST",
+    "WEIGHTS",
+    "build_head",
+    "load_frontend",
+    "load_head",
+    "save_head",
+]
 
 WEIGHTS = "anti-spoofing_feat_model.pt"
 
@@ -49,7 +59,7 @@ class _MaxOfHalves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        from_first, = ctx.saved_tensors
+        (from_first,) = ctx.saved_tensors
         channels = grad.shape[1]
         out = grad.new_empty(grad.shape[0], 2 * channels, *grad.shape[2:])
         torch.mul(grad, from_first, out=out[:, :channels])
@@ -73,7 +83,7 @@ class LCNN(nn.Module):
     def __init__(self, feat: str):
         super().__init__()
         self.feat = feat
-        height, width = (side // 16 for side in FEATURE_SHAPES[feat])      # four poolings by 2
+        height, width = (side // 16 for side in FEATURE_SHAPES[feat])  # four poolings by 2
         self.conv1 = nn.Sequential(*_conv_mfm(1, 64, 5), nn.MaxPool2d(2))
         self.conv2 = nn.Sequential(*_conv_mfm(32, 64, 1), _norm(32))
         self.conv3 = nn.Sequential(*_conv_mfm(32, 96, 3), nn.MaxPool2d(2), _norm(48))
@@ -83,7 +93,12 @@ class LCNN(nn.Module):
         self.conv7 = nn.Sequential(*_conv_mfm(64, 64, 3), _norm(32))
         self.conv8 = nn.Sequential(*_conv_mfm(32, 64, 1), _norm(32))
         self.conv9 = nn.Sequential(*_conv_mfm(32, 64, 3), nn.MaxPool2d(2))
-        self.out = nn.Sequential(nn.Dropout(0.7), nn.Linear(32 * height * width, 160), MaxFeatureMap2D(), nn.Linear(80, 256))
+        self.out = nn.Sequential(
+            nn.Dropout(0.7),
+            nn.Linear(32 * height * width, 160),
+            MaxFeatureMap2D(),
+            nn.Linear(80, 256),
+        )
         self.fc_mu = nn.Linear(256, 2)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,9 +106,18 @@ class LCNN(nn.Module):
         features = _checked(features, FEATURE_SHAPES[self.feat], self)
         # The published LCNN sees mel as time x mel but XLS-R as dim x time.
         x = (features if self.feat == "mel" else features.transpose(1, 2)).unsqueeze(1)
-        for stage in (self.conv1, self.conv2, self.conv3, self.conv4, self.conv5,
-                      self.conv6, self.conv7, self.conv8, self.conv9):
-            x = stage(x)                                                   # at last (B, 32, height, width)
+        for stage in (
+            self.conv1,
+            self.conv2,
+            self.conv3,
+            self.conv4,
+            self.conv5,
+            self.conv6,
+            self.conv7,
+            self.conv8,
+            self.conv9,
+        ):
+            x = stage(x)  # at last (B, 32, height, width)
         embedding = self.out(x.flatten(1))
         return embedding, self.fc_mu(embedding)
 
@@ -112,8 +136,11 @@ class Residual_block(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, (2, 3), padding=(1, 1))
         self.bn2 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, (2, 3), padding=(0, 1))
-        self.conv_downsample = (nn.Conv2d(channels_in, channels_out, (1, 3), padding=(0, 1))
-                                if channels_in != channels_out else None)
+        self.conv_downsample = (
+            nn.Conv2d(channels_in, channels_out, (1, 3), padding=(0, 1))
+            if channels_in != channels_out
+            else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(F.selu(self.bn2(self.conv1(x))))
@@ -134,9 +161,11 @@ class GraphAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, 0.2, self.training)
-        scores = _pair_features(self.att_proj, x) @ self.att_weight        # (B, N, N, 1)
+        scores = _pair_features(self.att_proj, x) @ self.att_weight  # (B, N, N, 1)
         attention = torch.softmax(scores.squeeze(3) / self.temperature, dim=2)
-        return F.selu(_norm_nodes(self.bn, self.proj_with_att(attention @ x) + self.proj_without_att(x)))
+        return F.selu(
+            _norm_nodes(self.bn, self.proj_with_att(attention @ x) + self.proj_without_att(x))
+        )
 
 
 class HtrgGraphAttentionLayer(nn.Module):
@@ -159,27 +188,36 @@ class HtrgGraphAttentionLayer(nn.Module):
         self.proj_without_attM = nn.Linear(dim_in, dim_out)
         self.bn = nn.BatchNorm1d(dim_out)
 
-    def forward(self, type1: Tensor, type2: Tensor, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, type1: Tensor, type2: Tensor, master: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Nodes (B, N1, in), (B, N2, in), master (B, 1, in) -> the same three with `out` features."""
         n1 = type1.shape[1]
         x = torch.cat([self.proj_type1(type1), self.proj_type2(type2)], dim=1)
-        x = F.dropout(x, 0.2, self.training)                               # (B, N, in)
+        x = F.dropout(x, 0.2, self.training)  # (B, N, in)
         new_master = self._update_master(x, master)
 
-        pairs = _pair_features(self.att_proj, x)                           # (B, N, N, out)
+        pairs = _pair_features(self.att_proj, x)  # (B, N, N, out)
         within1 = pairs[:, :n1, :n1] @ self.att_weight11
         within2 = pairs[:, n1:, n1:] @ self.att_weight22
-        across = pairs[:, :n1, n1:] @ self.att_weight12                    # scores are symmetric in the pair
-        scores = torch.cat([torch.cat([within1, across], dim=2),
-                            torch.cat([across.transpose(1, 2), within2], dim=2)], dim=1).squeeze(3)
-        attention = torch.softmax(scores / self.temperature, dim=2)        # (B, N, N)
-        x = F.selu(_norm_nodes(self.bn, self.proj_with_att(attention @ x) + self.proj_without_att(x)))
+        across = pairs[:, :n1, n1:] @ self.att_weight12  # scores are symmetric in the pair
+        scores = torch.cat(
+            [
+                torch.cat([within1, across], dim=2),
+                torch.cat([across.transpose(1, 2), within2], dim=2),
+            ],
+            dim=1,
+        ).squeeze(3)
+        attention = torch.softmax(scores / self.temperature, dim=2)  # (B, N, N)
+        x = F.selu(
+            _norm_nodes(self.bn, self.proj_with_att(attention @ x) + self.proj_without_att(x))
+        )
         return x[:, :n1], x[:, n1:], new_master
 
     def _update_master(self, x: Tensor, master: Tensor) -> Tensor:
-        scores = torch.tanh(self.att_projM(x * master)) @ self.att_weightM          # (B, N, 1)
+        scores = torch.tanh(self.att_projM(x * master)) @ self.att_weightM  # (B, N, 1)
         attention = torch.softmax(scores / self.temperature, dim=1)
-        summary = attention.transpose(1, 2) @ x                                     # (B, 1, in)
+        summary = attention.transpose(1, 2) @ x  # (B, 1, in)
         return self.proj_with_attM(summary) + self.proj_without_attM(master)
 
 
@@ -191,8 +229,8 @@ class GraphPool(nn.Module):
         self.proj = nn.Linear(dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = torch.sigmoid(self.proj(F.dropout(x, 0.3, self.training)))         # (B, N, 1)
-        best = scores.topk(max(x.shape[1] // 2, 1), dim=1).indices                  # in falling order
+        scores = torch.sigmoid(self.proj(F.dropout(x, 0.3, self.training)))  # (B, N, 1)
+        best = scores.topk(max(x.shape[1] // 2, 1), dim=1).indices  # in falling order
         return (x * scores).gather(1, best.expand(-1, -1, x.shape[2]))
 
 
@@ -206,10 +244,16 @@ class W2VAASIST(nn.Module):
         self.LL = nn.Linear(1024, 128)
         self.first_bn = nn.BatchNorm2d(1)
         channels = (1, 32, 32, 64, 64, 64, 64)
-        self.encoder = nn.Sequential(*(nn.Sequential(Residual_block(c_in, c_out, first=c_in == 1))
-                                       for c_in, c_out in zip(channels, channels[1:])))
+        self.encoder = nn.Sequential(
+            *(
+                nn.Sequential(Residual_block(c_in, c_out, first=c_in == 1))
+                for c_in, c_out in zip(channels, channels[1:])
+            )
+        )
         self.first_bn1 = nn.BatchNorm2d(64)
-        self.attention = nn.Sequential(nn.Conv2d(64, 128, 1), nn.SELU(), nn.BatchNorm2d(128), nn.Conv2d(128, 64, 1))
+        self.attention = nn.Sequential(
+            nn.Conv2d(64, 128, 1), nn.SELU(), nn.BatchNorm2d(128), nn.Conv2d(128, 64, 1)
+        )
         self.pos_S = nn.Parameter(torch.randn(1, 42, 64))
         self.master1 = nn.Parameter(torch.randn(1, 1, 64))
         self.master2 = nn.Parameter(torch.randn(1, 1, 64))
@@ -228,35 +272,71 @@ class W2VAASIST(nn.Module):
         """Features (B, 201, 1024) -> embedding (B, 160), logits (B, 2) in the order REAL, FAKE."""
         features = _checked(features, FEATURE_SHAPES[self.feat], self)
         spectral, temporal = self._nodes(features)
-        spectral = self.pool_S(self.GAT_layer_S(spectral))                 # (B, 21, 64)
-        temporal = self.pool_T(self.GAT_layer_T(temporal))                 # (B, 33, 64)
+        spectral = self.pool_S(self.GAT_layer_S(spectral))  # (B, 21, 64)
+        temporal = self.pool_T(self.GAT_layer_T(temporal))  # (B, 33, 64)
 
-        branches = (self._branch(temporal, spectral, self.master1, self.HtrgGAT_layer_ST11, self.HtrgGAT_layer_ST12,
-                                 self.pool_hT1, self.pool_hS1),
-                    self._branch(temporal, spectral, self.master2, self.HtrgGAT_layer_ST21, self.HtrgGAT_layer_ST22,
-                                 self.pool_hT2, self.pool_hS2))
+        branches = (
+            self._branch(
+                temporal,
+                spectral,
+                self.master1,
+                self.HtrgGAT_layer_ST11,
+                self.HtrgGAT_layer_ST12,
+                self.pool_hT1,
+                self.pool_hS1,
+            ),
+            self._branch(
+                temporal,
+                spectral,
+                self.master2,
+                self.HtrgGAT_layer_ST21,
+                self.HtrgGAT_layer_ST22,
+                self.pool_hT2,
+                self.pool_hS2,
+            ),
+        )
         temporal, spectral, master = (torch.maximum(one, other) for one, other in zip(*branches))
-        embedding = torch.cat([temporal.abs().amax(dim=1), temporal.mean(dim=1),
-                               spectral.abs().amax(dim=1), spectral.mean(dim=1), master.squeeze(1)], dim=1)
+        embedding = torch.cat(
+            [
+                temporal.abs().amax(dim=1),
+                temporal.mean(dim=1),
+                spectral.abs().amax(dim=1),
+                spectral.mean(dim=1),
+                master.squeeze(1),
+            ],
+            dim=1,
+        )
         return embedding, self.out_layer(F.dropout(embedding, 0.5, self.training))
 
     def _nodes(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 201, 1024) -> spectral nodes (B, 42, 64), temporal nodes (B, 67, 64)."""
-        x = self.LL(features).transpose(1, 2).unsqueeze(1)                 # (B, 1, 128, 201)
-        x = F.selu(self.first_bn(F.max_pool2d(x, 3)))                      # (B, 1, 42, 67)
-        x = F.selu(self.first_bn1(self.encoder(x)))                        # (B, 64, 42, 67)
+        x = self.LL(features).transpose(1, 2).unsqueeze(1)  # (B, 1, 128, 201)
+        x = F.selu(self.first_bn(F.max_pool2d(x, 3)))  # (B, 1, 42, 67)
+        x = F.selu(self.first_bn1(self.encoder(x)))  # (B, 64, 42, 67)
         w = self.attention(x)
         spectral = (x * torch.softmax(w, dim=3)).sum(dim=3).transpose(1, 2) + self.pos_S
         temporal = (x * torch.softmax(w, dim=2)).sum(dim=2).transpose(1, 2)
         return spectral, temporal
 
-    def _branch(self, temporal: Tensor, spectral: Tensor, master: Tensor, layer1: nn.Module, layer2: nn.Module,
-                pool_temporal: nn.Module, pool_spectral: nn.Module) -> list[Tensor]:
+    def _branch(
+        self,
+        temporal: Tensor,
+        spectral: Tensor,
+        master: Tensor,
+        layer1: nn.Module,
+        layer2: nn.Module,
+        pool_temporal: nn.Module,
+        pool_spectral: nn.Module,
+    ) -> list[Tensor]:
         """One of the two parallel heterogeneous stacks -> temporal (B, 16, 32), spectral (B, 10, 32), master (B, 1, 32)."""
-        temporal, spectral, master = layer1(temporal, spectral, master.expand(len(temporal), -1, -1))
+        temporal, spectral, master = layer1(
+            temporal, spectral, master.expand(len(temporal), -1, -1)
+        )
         nodes = pool_temporal(temporal), pool_spectral(spectral), master
         changes = layer2(*nodes)
-        return [F.dropout(node + change, 0.2, self.training) for node, change in zip(nodes, changes)]
+        return [
+            F.dropout(node + change, 0.2, self.training) for node, change in zip(nodes, changes)
+        ]
 
 
 def _attention_weight(dim: int) -> nn.Parameter:
@@ -276,23 +356,29 @@ def _norm_nodes(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
 def _checked(features: Tensor, expected: tuple[int, int], head: nn.Module) -> Tensor:
     """The features in the type of the head's weights, once their shape is sure to fit; caches hand on float16."""
     if features.dim() != 3 or tuple(features.shape[1:]) != expected:
-        fitting = [feat for feat, shape in FEATURE_SHAPES.items() if shape == tuple(features.shape[1:])]
-        raise InputError(f"this {type(head).__name__} takes features (B, {expected[0]}, {expected[1]}), got {tuple(features.shape)}"
-                         + (f", which are those of --feat {fitting[0]}" if fitting else ""))
+        fitting = [
+            feat for feat, shape in FEATURE_SHAPES.items() if shape == tuple(features.shape[1:])
+        ]
+        raise InputError(
+            f"this {type(head).__name__} takes features (B, {expected[0]}, {expected[1]}), got {tuple(features.shape)}"
+            + (f", which are those of --feat {fitting[0]}" if fitting else "")
+        )
     return features.to(next(head.parameters()).dtype)
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────
 
 FORMAT = "codecfake-head-1"
-HEADS = {"W2VAASIST": ("xls-r-5",), "lcnn": ("mel", "xls-r-5")}     # name -> the front ends it takes
+HEADS = {"W2VAASIST": ("xls-r-5",), "lcnn": ("mel", "xls-r-5")}  # name -> the front ends it takes
 
 
 def build_head(name: str, feat: str) -> LCNN | W2VAASIST:
     """A head with fresh weights. Raises InputError where the head does not take that front end."""
     if feat not in HEADS.get(name, ()):
-        raise InputError(f"-m {name} --feat {feat}: expected one of "
-                         + ", ".join(f"{head} with {' or '.join(feats)}" for head, feats in HEADS.items()))
+        raise InputError(
+            f"-m {name} --feat {feat}: expected one of "
+            + ", ".join(f"{head} with {' or '.join(feats)}" for head, feats in HEADS.items())
+        )
     return W2VAASIST() if name == "W2VAASIST" else LCNN(feat)
 
 
@@ -310,15 +396,22 @@ def load_head(path: str | Path) -> LCNN | W2VAASIST:
     if path.is_dir():
         path = path / WEIGHTS
     if not path.exists():
-        raise InputError(f"{path}: no such weights; train them with main_train.py, or get the released ones as "
-                         "pretrained_model/README.md says")
+        raise InputError(
+            f"{path}: no such weights; train them with main_train.py, or get the released ones as "
+            "pretrained_model/README.md says"
+        )
     content = torch_files.load(path, RELEASED_CLASSES)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         weights, info = content.get("state_dict"), content.get("info")
     else:
-        weights, info = _foreign_weights(path, content), {"trained": "released weights, no record of the training"}
+        weights, info = (
+            _foreign_weights(path, content),
+            {"trained": "released weights, no record of the training"},
+        )
     if not isinstance(weights, dict) or not _is_record(info):
-        raise InputError(f"{path}: damaged, a checkpoint without weights, or with a record of something else")
+        raise InputError(
+            f"{path}: damaged, a checkpoint without weights, or with a record of something else"
+        )
     head = _head_for(path, weights)
     head.info = info
     return head.eval()
@@ -330,21 +423,32 @@ def save_head(path: str | Path, head: nn.Module, info: dict[str, Any]) -> None:
     Args:
         info: plain data: front end, labels, arguments, versions, epoch.
     """
-    content = {"format": FORMAT, "head": head.name, "feat": head.feat, "info": info,
-               "state_dict": {name: tensor.cpu() for name, tensor in head.state_dict().items()}}
+    content = {
+        "format": FORMAT,
+        "head": head.name,
+        "feat": head.feat,
+        "info": info,
+        "state_dict": {name: tensor.cpu() for name, tensor in head.state_dict().items()},
+    }
     torch_files.save(path, content)
 
 
 def _is_record(info: Any) -> bool:
     """Whether the record holds plain data, and text where the program looks things up."""
-    return isinstance(info, dict) and torch_files.is_plain(info) and isinstance(info.get("front_end", {}), dict) and \
-        all(isinstance(info.get(key, ""), str) for key in ("train_task", "trained", "feat")) and \
-        isinstance(info.get("ssl"), (str, type(None)))
+    return (
+        isinstance(info, dict)
+        and torch_files.is_plain(info)
+        and isinstance(info.get("front_end", {}), dict)
+        and all(isinstance(info.get(key, ""), str) for key in ("train_task", "trained", "feat"))
+        and isinstance(info.get("ssl"), (str, type(None)))
+    )
 
 
 def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
     """Tell the head by the names and shapes of its weights, and load them strictly."""
-    if not all(isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in weights.values()):
+    if not all(
+        isinstance(tensor, Tensor) and tensor.layout == torch.strided for tensor in weights.values()
+    ):
         raise InputError(f"{path}: expected weights of a head, found other things among them")
     shape = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if "LL.weight" in shape:
@@ -355,8 +459,10 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
         head = LCNN("xls-r-5")
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if wrong := sorted(set(shape.items()) ^ set(expected.items())):
-        raise InputError(f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes differ, "
-                         f"first: {wrong[0][0]} {wrong[0][1]})")
+        raise InputError(
+            f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes differ, "
+            f"first: {wrong[0][0]} {wrong[0][1]})"
+        )
     if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise InputError(f"{path}: damaged, {bad[0]} holds values that are not finite")
     head.load_state_dict(weights, strict=True)
@@ -364,9 +470,15 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Turn released weights into a checkpoint of this program.")
-    parser.add_argument("released", type=Path, help="a released anti-spoofing_feat_model.pt, or its folder")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="where to write; must not exist yet")
+    parser = argparse.ArgumentParser(
+        description="Turn released weights into a checkpoint of this program."
+    )
+    parser.add_argument(
+        "released", type=Path, help="a released anti-spoofing_feat_model.pt, or its folder"
+    )
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, help="where to write; must not exist yet"
+    )
     return parser
 
 
@@ -378,7 +490,9 @@ def main(argv: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_head(args.out, head, head.info | {"feat": head.feat, "labels": ["real", "fake"]})
     n = sum(tensor.numel() for tensor in head.state_dict().values())
-    print(f"{args.out}: {head.name} on {head.feat}, {n:,} parameters and buffers; {json.dumps(head.info)}")
+    print(
+        f"{args.out}: {head.name} on {head.feat}, {n:,} parameters and buffers; {json.dumps(head.info)}"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Prints Markdown: seconds of either way (median of n), their ratio, and how far t
 made up, and XLS-R has its full 300M configuration and random weights: neither changes the speed. --quick uses a
 tiny network and few clips: it shows that all runs, no more.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -48,10 +49,10 @@ class Setting:
     ssl: str
     device: torch.device
     repeats: int
-    clips: int                 # through the front ends, our way
-    few: int                   # of them the reference's way, which takes one at a time and a second or two for each
-    rows: int                  # of the cache that is read
-    batch: int                 # of a training step
+    clips: int  # through the front ends, our way
+    few: int  # of them the reference's way, which takes one at a time and a second or two for each
+    rows: int  # of the cache that is read
+    batch: int  # of a training step
     paths: list[str]
 
     @property
@@ -66,13 +67,21 @@ class Row:
 
     stage: str
     target: str
-    reference: float           # seconds, or bytes
+    reference: float  # seconds, or bytes
     ours: float
     unit: str
     difference: str
 
     def cells(self) -> list[str]:
-        return [self.stage, _number(self.reference), _number(self.ours), self.unit, f"**{self.reference / self.ours:.2f}**", self.target, self.difference]
+        return [
+            self.stage,
+            _number(self.reference),
+            _number(self.ours),
+            self.unit,
+            f"**{self.reference / self.ours:.2f}**",
+            self.target,
+            self.difference,
+        ]
 
 
 def _number(value: float) -> str:
@@ -81,18 +90,36 @@ def _number(value: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to see that everything runs"
+    )
     parser.add_argument("--gpu", type=int, help="index of the GPU, -1 for the CPU")
     args = parser.parse_args(argv)
-    device = torch.device("cuda", args.gpu or 0) if torch.cuda.is_available() and args.gpu != -1 else torch.device("cpu")
+    device = (
+        torch.device("cuda", args.gpu or 0)
+        if torch.cuda.is_available() and args.gpu != -1
+        else torch.device("cpu")
+    )
     settle(device)
-    scratch = Path(__file__).parents[1] / "data"       # beside real features, not on a /tmp that may be memory
+    scratch = (
+        Path(__file__).parents[1] / "data"
+    )  # beside real features, not on a /tmp that may be memory
     scratch.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         setting = prepare(Path(folder), device, args.quick)
         ceilings = measure_ceilings(device)
         rows, notes = [], []
-        for stage in (extraction, size_on_disk, cold_reads, training, training_from_cache, scoring, several_models, shared_clips, evaluation):
+        for stage in (
+            extraction,
+            size_on_disk,
+            cold_reads,
+            training,
+            training_from_cache,
+            scoring,
+            several_models,
+            shared_clips,
+            evaluation,
+        ):
             print(f"{stage.__name__} ...", file=sys.stderr, flush=True)
             found, remarks = stage(setting, ceilings)
             rows += found
@@ -106,12 +133,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
     gpu = device.type == "cuda"
     clips, few = (4, 2) if quick else (2048, 64) if gpu else (64, 16)
-    setting = Setting(folder, str(folder / "ssl"), device, 1 if quick else 3, clips, few, 32 if quick else 2048, 4 if quick else 32, [])
+    setting = Setting(
+        folder,
+        str(folder / "ssl"),
+        device,
+        1 if quick else 3,
+        clips,
+        few,
+        32 if quick else 2048,
+        4 if quick else 32,
+        [],
+    )
     rng = np.random.default_rng(0)
     for n in range(clips):
         path = folder / "audio" / f"clip_{n:04d}.wav"
         path.parent.mkdir(exist_ok=True)
-        soundfile.write(path, rng.normal(0, 0.1, int(5 * SAMPLE_RATE)), SAMPLE_RATE, subtype="PCM_16")
+        soundfile.write(
+            path, rng.normal(0, 0.1, int(5 * SAMPLE_RATE)), SAMPLE_RATE, subtype="PCM_16"
+        )
         setting.paths.append(str(path))
     save_random_xlsr(folder / "ssl", quick)
     return setting
@@ -121,10 +160,21 @@ def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
     """A wav2vec 2.0 of XLS-R 300M's configuration whose weights are random; hidden size 1024 either way, which the heads need."""
     import transformers
 
-    sizes = {"num_hidden_layers": 6, "intermediate_size": 64, "conv_dim": [16] * 7} if tiny else \
-        {"num_hidden_layers": 24, "intermediate_size": 4096, "conv_dim": [512] * 7}
-    config = transformers.Wav2Vec2Config(hidden_size=1024, num_attention_heads=16, feat_extract_norm="layer", conv_bias=True,
-                                         do_stable_layer_norm=True, num_conv_pos_embeddings=128, num_conv_pos_embedding_groups=16, **sizes)
+    sizes = (
+        {"num_hidden_layers": 6, "intermediate_size": 64, "conv_dim": [16] * 7}
+        if tiny
+        else {"num_hidden_layers": 24, "intermediate_size": 4096, "conv_dim": [512] * 7}
+    )
+    config = transformers.Wav2Vec2Config(
+        hidden_size=1024,
+        num_attention_heads=16,
+        feat_extract_norm="layer",
+        conv_bias=True,
+        do_stable_layer_norm=True,
+        num_conv_pos_embeddings=128,
+        num_conv_pos_embedding_groups=16,
+        **sizes,
+    )
     torch.manual_seed(0)
     transformers.logging.disable_progress_bar()
     transformers.Wav2Vec2Model(config).save_pretrained(folder)
@@ -147,7 +197,9 @@ def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
 
 def in_its_own_process(function: Callable[..., Any], s: Setting, *arguments: Any) -> Any:
     """For what pick_device() sets for a whole process (glibc's memory), which the reference's way must not profit from."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=settle, initargs=(s.device,)) as pool:
+    with ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=settle, initargs=(s.device,)
+    ) as pool:
         return pool.submit(function, s, *arguments).result()
 
 
@@ -164,7 +216,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         size = 8192 if device.type == "cuda" else 2048 if name == "fp32" else 512
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        seconds, = in_turns(lambda: a @ b, repeats=5)
+        (seconds,) = in_turns(lambda: a @ b, repeats=5)
         found[name] = 2 * size**3 / seconds
     return found
 
@@ -181,23 +233,42 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
     rows, notes = [], []
     for precision, target in (("fp32", "3.5"), ("bf16", "10")):
         if precision == "bf16" and not devices.has_bf16(s.device):
-            notes.append("bf16: this device has no bfloat16 arithmetic "
-                         f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it.")
+            notes.append(
+                "bf16: this device has no bfloat16 arithmetic "
+                f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it."
+            )
             continue
         ours, features, parts = in_its_own_process(_extract_here, s, precision)
         apart = np.abs(features - plain_features).max() / np.abs(plain_features).max()
-        rows.append(Row(f"extraction xls-r-5, {precision}, a clip", target, theirs / s.few, ours / s.clips, "s", f"{apart:.1e} of the largest value"))
+        rows.append(
+            Row(
+                f"extraction xls-r-5, {precision}, a clip",
+                target,
+                theirs / s.few,
+                ours / s.clips,
+                "s",
+                f"{apart:.1e} of the largest value",
+            )
+        )
         flops = FLOPS["convolutions"] + FLOPS["positions"] + 5 * FLOPS["block"]
-        notes.append(f"extraction {precision}: {s.clips / ours:.2f} clips/s; five blocks take {flops / 1e9:.0f} GFLOP a clip and the reference's 24 "
-                     f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives {(flops + 19 * FLOPS['block']) / flops:.1f}; "
-                     f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' ceiling. Time goes to "
-                     + ", ".join(f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()) + " a clip (some of it side by side).")
+        notes.append(
+            f"extraction {precision}: {s.clips / ours:.2f} clips/s; five blocks take {flops / 1e9:.0f} GFLOP a clip and the reference's 24 "
+            f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives {(flops + 19 * FLOPS['block']) / flops:.1f}; "
+            f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' ceiling. Time goes to "
+            + ", ".join(
+                f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()
+            )
+            + " a clip (some of it side by side)."
+        )
     return rows, notes
 
 
 def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
     front_end = plain.load_frontend(s.ssl, s.device)
-    seconds, = in_turns(lambda: plain.extract(front_end, s.paths[:s.few], s.folder / "pt", s.device), repeats=s.repeats)
+    (seconds,) = in_turns(
+        lambda: plain.extract(front_end, s.paths[: s.few], s.folder / "pt", s.device),
+        repeats=s.repeats,
+    )
     return seconds, plain.feature(front_end, s.paths[0], s.device).numpy()
 
 
@@ -214,20 +285,38 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
         with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
             preprocess.extract(args, "train", writer, front_end, set(), device)
         writer.close()
-    seconds, = in_turns(run, repeats=s.repeats)
+
+    (seconds,) = in_turns(run, repeats=s.repeats)
 
     clips = torch.stack([dataset.load_clip(path) for path in s.paths])
     size = 32 if device.type == "cuda" else 8
     computed = front_end(devices.filled_up(clips[:size], size, device))
-    features = np.concatenate([preprocess.compute(front_end, part, size, device)() for part in clips.split(size)])
-    writer = preprocess.open_cache(args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end)
+    features = np.concatenate(
+        [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)]
+    )
+    writer = preprocess.open_cache(
+        args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end
+    )
     decode, copy, compute, write = in_turns(
         lambda: [dataset.load_clip(path) for path in s.paths],
-        lambda: [(devices.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)],
+        lambda: [
+            (devices.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)
+        ],
         lambda: [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)],
-        lambda: (writer.write(range(len(trials)), features), writer.flush()), repeats=s.repeats)
+        lambda: (writer.write(range(len(trials)), features), writer.flush()),
+        repeats=s.repeats,
+    )
     writer.close()
-    return seconds, features[:1], {"decoding": decode, "copying": copy, "computing, copies and all,": compute, "writing": write}
+    return (
+        seconds,
+        features[:1],
+        {
+            "decoding": decode,
+            "copying": copy,
+            "computing, copies and all,": compute,
+            "writing": write,
+        },
+    )
 
 
 def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
@@ -235,13 +324,28 @@ def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
     theirs, rows = file.stat().st_size, []
     for dtype, target in (("float16", "2.0"), ("sqrt8", "3.85")):
         cache = _make_cache(s, 4, dtype)
-        rows.append(Row(f"bytes a clip, {dtype}", target, theirs, cache.layout.row_bytes, "bytes", "EER parity, below"))
+        rows.append(
+            Row(
+                f"bytes a clip, {dtype}",
+                target,
+                theirs,
+                cache.layout.row_bytes,
+                "bytes",
+                "EER parity, below",
+            )
+        )
     return rows, []
 
 
 def _make_cache(s: Setting, rows: int, dtype: str = "float16") -> FeatureCache:
     folder = Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5"
-    writer = CacheWriter(folder, [Trial(f"{n}", "", n % 2, "-") for n in range(rows)], {"feat": "xls-r-5"}, (201, 1024), dtype)
+    writer = CacheWriter(
+        folder,
+        [Trial(f"{n}", "", n % 2, "-") for n in range(rows)],
+        {"feat": "xls-r-5"},
+        (201, 1024),
+        dtype,
+    )
     features = np.random.default_rng(0).normal(size=(1, 201, 1024)).astype(np.float32)
     for row in range(rows):
         writer.write([row], features + np.float32(row / rows))
@@ -262,18 +366,39 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
     order = dataset.shuffled_batches([s.rows], 128, 0, 1)
     taken: dict[str, list[float]] = {"reference": [], "ours": [], "in sequence": []}
     for _ in range(s.repeats):
-        for name, paths, read in (("reference", files, lambda: sum(len(x) for x, _ in plain.batches(theirs, 128, threads))),
-                                  ("ours", shards, lambda: sum(len(x) for x, _ in read_ahead(cache, order, max(threads, 8)))),
-                                  ("in sequence", shards, lambda: _read_through(shards))):
+        for name, paths, read in (
+            (
+                "reference",
+                files,
+                lambda: sum(len(x) for x, _ in plain.batches(theirs, 128, threads)),
+            ),
+            (
+                "ours",
+                shards,
+                lambda: sum(len(x) for x, _ in read_ahead(cache, order, max(threads, 8))),
+            ),
+            ("in sequence", shards, lambda: _read_through(shards)),
+        ):
             _forget(paths)
             start = time.perf_counter()
             read()
             taken[name].append(time.perf_counter() - start)
     seconds = {name: median(values) for name, values in taken.items()}
     total = sum(path.stat().st_size for path in shards)
-    note = (f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
-            f"reading the same files from end to end {total / seconds['in sequence'] / 1e9:.2f} GB/s.")
-    return [Row("cold random reads into batches, a row", "4", seconds["reference"] / s.rows, seconds["ours"] / s.rows, "s", "float16")], [note]
+    note = (
+        f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
+        f"reading the same files from end to end {total / seconds['in sequence'] / 1e9:.2f} GB/s."
+    )
+    return [
+        Row(
+            "cold random reads into batches, a row",
+            "4",
+            seconds["reference"] / s.rows,
+            seconds["ours"] / s.rows,
+            "s",
+            "float16",
+        )
+    ], [note]
 
 
 def _forget(paths: Sequence[Path]) -> None:
@@ -300,8 +425,16 @@ def training(s: Setting, ceilings: dict[str, float]) -> Found:
                 continue
             ours, losses = in_its_own_process(_train, s, name, feat, precision)
             apart = max(abs(a - b) for a, b in zip(losses, their_losses))
-            rows.append(Row(f"training step {name}, batch {s.batch}, {precision}, a clip", target if name == "W2VAASIST" else "-",
-                            theirs / s.batch, ours / s.batch, "s", f"losses of three steps {apart:.1e}"))
+            rows.append(
+                Row(
+                    f"training step {name}, batch {s.batch}, {precision}, a clip",
+                    target if name == "W2VAASIST" else "-",
+                    theirs / s.batch,
+                    ours / s.batch,
+                    "s",
+                    f"losses of three steps {apart:.1e}",
+                )
+            )
     return rows, []
 
 
@@ -322,8 +455,10 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
         def step() -> Tensor:
             return plain.train_step(head, optimiser, features, labels)
     else:
+
         def step() -> Tensor:
             return main_train.train_step(head, optimiser, features, labels, precision=how)
+
     dropout, F.dropout = F.dropout, lambda x, *_, **__: x
     for module in head.modules():
         if isinstance(module, nn.Dropout):
@@ -333,14 +468,16 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
     for module in head.modules():
         if isinstance(module, nn.Dropout):
             del module.forward
-    seconds, = in_turns(step, repeats=s.repeats)
+    (seconds,) = in_turns(step, repeats=s.repeats)
     return seconds, losses
 
 
 def training_from_cache(s: Setting, ceilings: dict[str, float]) -> Found:
     """W2V2-AASIST over rows of a cache as main_train.py reads them: how much of the time is spent waiting for features."""
     seconds, waited, clips = in_its_own_process(_train_from_cache, s)
-    return [], [f"training W2V2-AASIST from a cache, float32: {clips / seconds:.0f} clips/s; waiting for features takes {100 * waited / seconds:.1f} % of it."]
+    return [], [
+        f"training W2V2-AASIST from a cache, float32: {clips / seconds:.0f} clips/s; waiting for features takes {100 * waited / seconds:.1f} % of it."
+    ]
 
 
 def _train_from_cache(s: Setting) -> tuple[float, float, int]:
@@ -350,7 +487,9 @@ def _train_from_cache(s: Setting) -> tuple[float, float, int]:
     cache = _make_cache(s, s.rows if device.type == "cuda" else 8 * s.batch)
     order = dataset.shuffled_batches([len(cache.labels)], s.batch, 0, 1)
     began, waited = time.perf_counter(), 0.0
-    batches = read_ahead(cache, order, main_train.parse(["-t", "codecfake"]).num_workers, pin=device.type == "cuda")
+    batches = read_ahead(
+        cache, order, main_train.parse(["-t", "codecfake"]).num_workers, pin=device.type == "cuda"
+    )
     while True:
         asked = time.perf_counter()
         features, labels = next(batches, (None, None))
@@ -369,8 +508,16 @@ def scoring(s: Setting, ceilings: dict[str, float]) -> Found:
         if precision == "bf16" and not devices.has_bf16(s.device):
             continue
         ours, scores = in_its_own_process(_score_here, s, precision, 1)
-        rows.append(Row(f"scoring, audio to score, {precision}, a clip", "8", theirs / s.few, ours / s.clips, "s",
-                        f"score of a clip {abs(scores[0] - plain_score):.1e}"))
+        rows.append(
+            Row(
+                f"scoring, audio to score, {precision}, a clip",
+                "8",
+                theirs / s.few,
+                ours / s.clips,
+                "s",
+                f"score of a clip {abs(scores[0] - plain_score):.1e}",
+            )
+        )
     return rows, []
 
 
@@ -384,36 +531,64 @@ def _heads(s: Setting, count: int) -> dict[str, nn.Module]:
 
 
 def _score_plainly(s: Setting) -> tuple[float, float]:
-    front_end, head = plain.load_frontend(s.ssl, s.device), plain.as_published(_heads(s, 1)["head 0"]).to(s.device)
-    seconds, = in_turns(lambda: [plain.score(front_end, head, path, s.device) for path in s.paths[:s.few]], repeats=s.repeats)
+    front_end, head = (
+        plain.load_frontend(s.ssl, s.device),
+        plain.as_published(_heads(s, 1)["head 0"]).to(s.device),
+    )
+    (seconds,) = in_turns(
+        lambda: [plain.score(front_end, head, path, s.device) for path in s.paths[: s.few]],
+        repeats=s.repeats,
+    )
     return seconds, plain.score(front_end, head, s.paths[0], s.device)
 
 
-def _score_here(s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None) -> tuple[float, np.ndarray]:
+def _score_here(
+    s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None
+) -> tuple[float, np.ndarray]:
     args = generate_score.parse(["-t", "ITW", "--gpu", str(s.gpu), "--precision", precision])
     scorer = generate_score.Scorer(args, _heads(s, heads))
     scores: list[np.ndarray] = []
 
     def run() -> None:
         with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
-            scores[:] = [generate_score.to_scores(next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))[0][:, 0], llr=False)]
-    seconds, = in_turns(run, repeats=s.repeats)
+            scores[:] = [
+                generate_score.to_scores(
+                    next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))[0][
+                        :, 0
+                    ],
+                    llr=False,
+                )
+            ]
+
+    (seconds,) = in_turns(run, repeats=s.repeats)
     return seconds, scores[0]
 
 
 def several_models(s: Setting, ceilings: dict[str, float]) -> Found:
     one, _ = in_its_own_process(_score_here, s, "fp32", 1)
     five, _ = in_its_own_process(_score_here, s, "fp32", 5)
-    return [Row("scoring with five models, in five passes and in one", "3.1", 5 * one, five, "s", "-")], \
-        [f"five models in one pass cost {five / one:.2f} times what one costs (target: at most {1.3 if s.device.type == 'cuda' else 1.6})."]
+    return [
+        Row("scoring with five models, in five passes and in one", "3.1", 5 * one, five, "s", "-")
+    ], [
+        f"five models in one pass cost {five / one:.2f} times what one costs (target: at most {1.3 if s.device.type == 'cuda' else 1.6})."
+    ]
 
 
 def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
     """Six subsets, the same real clips in each: half of each is scored once instead of six times."""
     half = max(s.clips // 8, 2)
     seconds = in_its_own_process(_score_subsets, s, half)
-    return [Row(f"C1..C6 ({half} shared real clips, {6 * half} fakes), subset by subset and sharing", "1.7", *seconds, "s", "equal")], \
-        [f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 of the clips)."]
+    return [
+        Row(
+            f"C1..C6 ({half} shared real clips, {6 * half} fakes), subset by subset and sharing",
+            "1.7",
+            *seconds,
+            "s",
+            "equal",
+        )
+    ], [
+        f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 of the clips)."
+    ]
 
 
 def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
@@ -431,14 +606,27 @@ def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
         with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
             for parts in together:
                 list(scorer.score_files(parts, args.num_workers))
-    apart, shared = in_turns(lambda: run(*({name: paths} for name, paths in subsets.items())), lambda: run(subsets), repeats=min(s.repeats, 2))
+
+    apart, shared = in_turns(
+        lambda: run(*({name: paths} for name, paths in subsets.items())),
+        lambda: run(subsets),
+        repeats=min(s.repeats, 2),
+    )
     return apart, shared
 
 
 def evaluation(s: Setting, ceilings: dict[str, float]) -> Found:
     genfromtxt, ours, resampled, trials = bench_evaluate.measure(None)
-    return [Row(f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads them)", "2", genfromtxt, ours, "s", "-")], \
-        [f"evaluation with 1,000 bootstrap resamples of all twelve: {resampled:.1f} s."]
+    return [
+        Row(
+            f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads them)",
+            "2",
+            genfromtxt,
+            ours,
+            "s",
+            "-",
+        )
+    ], [f"evaluation with 1,000 bootstrap resamples of all twelve: {resampled:.1f} s."]
 
 
 # ── The table ────────────────────────────────────────────────────────────────────────────────────
@@ -458,20 +646,39 @@ class _printing_to:
         sys.stdout, sys.stderr = self.before
 
 
-def report(rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float], s: Setting) -> str:
+def report(
+    rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float], s: Setting
+) -> str:
     device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name()
-    head = ["stage", "reference's way", "here", "unit", "ratio", "target", "difference to the plain way"]
-    lines = ["# Measured", "", f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
-             f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of them the reference's way), batches of {s.batch} in training.",
-             f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.", "",
-             f"| {' | '.join(head)} |", "| :-- | --: | --: | :-- | --: | --: | :-- |"]
+    head = [
+        "stage",
+        "reference's way",
+        "here",
+        "unit",
+        "ratio",
+        "target",
+        "difference to the plain way",
+    ]
+    lines = [
+        "# Measured",
+        "",
+        f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
+        f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of them the reference's way), batches of {s.batch} in training.",
+        f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.",
+        "",
+        f"| {' | '.join(head)} |",
+        "| :-- | --: | --: | :-- | --: | --: | :-- |",
+    ]
     lines += [f"| {' | '.join(row.cells())} |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
 def _cpu_name() -> str:
     with open("/proc/cpuinfo") as file:
-        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
+        return next(
+            (line.partition(":")[2].strip() for line in file if line.startswith("model name")),
+            platform.processor(),
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ table trains some steps on full-sized rows, 201 x 1024 in sqrt8, of which a spar
 "Above the imports" is what a process takes beyond a fresh one with all modules loaded. Memory of
 workers counts pages they share with the main process; training reads in threads and has none.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -42,33 +43,63 @@ from runtime import cli
 SHAPE, CLIP_SAMPLES = (5, 8), 16
 FULL_SHAPE, FULL_STEPS = (201, 1024), 30
 DEV_ROWS = 256
-MIB = 1024                 # ru_maxrss counts KiB
+MIB = 1024  # ru_maxrss counts KiB
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rows", type=cli.at_least(DEV_ROWS), default=1_000_000, metavar="N", help="of the protocol (default: %(default)s)")
-    parser.add_argument("--num_workers", type=cli.at_least(1), default=2, metavar="N", help="decoding processes, reading threads (default: %(default)s)")
+    parser.add_argument(
+        "--rows",
+        type=cli.at_least(DEV_ROWS),
+        default=1_000_000,
+        metavar="N",
+        help="of the protocol (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=cli.at_least(1),
+        default=2,
+        metavar="N",
+        help="decoding processes, reading threads (default: %(default)s)",
+    )
     parser.add_argument("--part", choices=tuple(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.part:
         PARTS[args.part](args)
         return
-    print(f"## Memory and start-up\n\n{args.rows:,} rows, {args.num_workers} workers; {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
-    print("| run | start-up, s | of it CPU | whole run, s | peak MiB | above the imports, MiB | peak MiB of a worker |\n"
-          "| :-- | --: | --: | --: | --: | --: | --: |")
+    print(
+        f"## Memory and start-up\n\n{args.rows:,} rows, {args.num_workers} workers; {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
+    )
+    print(
+        "| run | start-up, s | of it CPU | whole run, s | peak MiB | above the imports, MiB | peak MiB of a worker |\n"
+        "| :-- | --: | --: | --: | --: | --: | --: |"
+    )
     with tempfile.TemporaryDirectory() as folder:
         make_protocols(Path(folder), args.rows)
         for part in PARTS:
             found = measured_apart(part, folder, args)
-            print(f"| {part} | {found['start_wall']:.1f} | {found['start_cpu']:.1f} | {found['whole']:.0f} | {found['peak']:.0f} | "
-                  f"{found['peak'] - found['imports']:.0f} | {found['worker']:.0f} |", flush=True)
+            print(
+                f"| {part} | {found['start_wall']:.1f} | {found['start_cpu']:.1f} | {found['whole']:.0f} | {found['peak']:.0f} | "
+                f"{found['peak'] - found['imports']:.0f} | {found['worker']:.0f} |",
+                flush=True,
+            )
 
 
 def measured_apart(part: str, folder: str, args: argparse.Namespace) -> dict[str, float]:
     """Run a part in a process of its own; what it reports on its last line."""
-    command = [sys.executable, __file__, "--part", part, "--folder", folder, "--rows", str(args.rows), "--num_workers", str(args.num_workers)]
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        part,
+        "--folder",
+        folder,
+        "--rows",
+        str(args.rows),
+        "--num_workers",
+        str(args.num_workers),
+    ]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{part} failed:\n{done.stderr[-2000:]}")
@@ -86,9 +117,15 @@ def make_protocols(root: Path, rows: int) -> None:
         (root / folder).mkdir(parents=True)
     for part, count in (("train", rows), ("dev", DEV_ROWS)):
         with open(root / "label" / f"{part}.txt", "w") as file:
-            file.writelines(f"{codecfake_name(row)} {f'fake {row % 7}' if row % 7 else 'real 0'}\n" for row in range(count))
+            file.writelines(
+                f"{codecfake_name(row)} {f'fake {row % 7}' if row % 7 else 'real 0'}\n"
+                for row in range(count)
+            )
     with open(root / "ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.eval.trl.txt", "w") as file:
-        file.writelines(f"LA_{row % 100:04d} LA_E_{row:08d} - {'A07 spoof' if row % 7 else '- bonafide'}\n" for row in range(rows))
+        file.writelines(
+            f"LA_{row % 100:04d} LA_E_{row:08d} - {'A07 spoof' if row % 7 else '- bonafide'}\n"
+            for row in range(rows)
+        )
 
 
 def codecfake_name(row: int) -> str:
@@ -103,13 +140,20 @@ def stand_in_listing(rows: int) -> Callable[..., list[str]]:
         for part, count in (("/train", rows), ("/dev", DEV_ROWS)):
             if str(folder).endswith(part):
                 return [codecfake_name(row) for row in range(count)]
-        return [f"LA_E_{row:08d}.flac" for row in range(rows)] if str(folder).endswith("/flac") else real(folder)
+        return (
+            [f"LA_E_{row:08d}.flac" for row in range(rows)]
+            if str(folder).endswith("/flac")
+            else real(folder)
+        )
+
     return listing
 
 
 def stand_in_clip(path: str) -> tuple[torch.Tensor, int]:
     """A clip that only this path has: its last characters."""
-    return torch.tensor(list(path[-CLIP_SAMPLES:].encode()), dtype=torch.float32), dataset.SAMPLE_RATE
+    return torch.tensor(
+        list(path[-CLIP_SAMPLES:].encode()), dtype=torch.float32
+    ), dataset.SAMPLE_RATE
 
 
 class CheapFrontEnd(frontends.FrontEnd):
@@ -127,7 +171,7 @@ class CheapHead(torch.nn.Module):
         self.linear = torch.nn.Linear(SHAPE[1], 2)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = features[..., :SHAPE[1]].mean(dim=1)
+        embedding = features[..., : SHAPE[1]].mean(dim=1)
         return embedding, self.linear(embedding)
 
 
@@ -136,23 +180,43 @@ class CheapHead(torch.nn.Module):
 
 def measure(args: argparse.Namespace, run: Callable[[], None], owner: object, name: str) -> None:
     """Print what a run took, start-up being all before its first call of `owner.name`."""
-    imports, wall, cpu, started = peak(resource.RUSAGE_SELF), time.perf_counter(), time.process_time(), {}
+    imports, wall, cpu, started = (
+        peak(resource.RUSAGE_SELF),
+        time.perf_counter(),
+        time.process_time(),
+        {},
+    )
     real = getattr(owner, name)
 
     def timed(*arguments: object, **options: object) -> object:
         started.setdefault("start_wall", time.perf_counter() - wall)
         started.setdefault("start_cpu", time.process_time() - cpu)
         return real(*arguments, **options)
-    with mock.patch.object(owner, name, timed), mock.patch.object(os, "listdir", stand_in_listing(args.rows)), \
-            mock.patch.object(audio, "_load_clip", stand_in_clip), mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES), \
-            mock.patch.object(preprocess, "FLUSH_EVERY", 2**14), \
-            mock.patch.dict(dataset.FEATURE_SHAPES, {"mel": SHAPE}), mock.patch.object(model, "load_frontend", lambda *names: CheapFrontEnd()), \
-            mock.patch.object(model, "build_head", lambda *names: CheapHead()), \
-            mock.patch.object(generate_score, "load_heads", lambda folders: {"cheap": CheapHead()}):
+
+    with (
+        mock.patch.object(owner, name, timed),
+        mock.patch.object(os, "listdir", stand_in_listing(args.rows)),
+        mock.patch.object(audio, "_load_clip", stand_in_clip),
+        mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES),
+        mock.patch.object(preprocess, "FLUSH_EVERY", 2**14),
+        mock.patch.dict(dataset.FEATURE_SHAPES, {"mel": SHAPE}),
+        mock.patch.object(model, "load_frontend", lambda *names: CheapFrontEnd()),
+        mock.patch.object(model, "build_head", lambda *names: CheapHead()),
+        mock.patch.object(generate_score, "load_heads", lambda folders: {"cheap": CheapHead()}),
+    ):
         run()
     print()
-    print(json.dumps(started | {"imports": imports, "peak": peak(resource.RUSAGE_SELF), "worker": peak(resource.RUSAGE_CHILDREN),
-                                "whole": time.perf_counter() - wall}))
+    print(
+        json.dumps(
+            started
+            | {
+                "imports": imports,
+                "peak": peak(resource.RUSAGE_SELF),
+                "worker": peak(resource.RUSAGE_CHILDREN),
+                "whole": time.perf_counter() - wall,
+            }
+        )
+    )
 
 
 def peak(who: int) -> float:
@@ -161,17 +225,60 @@ def peak(who: int) -> float:
 
 
 def extraction(args: argparse.Namespace) -> None:
-    measure(args, lambda: preprocess.main(["-d", str(args.folder), "-f", str(args.folder / "features"), "--feat", "mel", "--gpu", "-1",
-                                           "--batch_size", "256", "--num_workers", str(args.num_workers)]), preprocess, "extract")
+    measure(
+        args,
+        lambda: preprocess.main(
+            [
+                "-d",
+                str(args.folder),
+                "-f",
+                str(args.folder / "features"),
+                "--feat",
+                "mel",
+                "--gpu",
+                "-1",
+                "--batch_size",
+                "256",
+                "--num_workers",
+                str(args.num_workers),
+            ]
+        ),
+        preprocess,
+        "extract",
+    )
 
 
 def training(args: argparse.Namespace) -> None:
-    measure(args, lambda: main_train.main(train_options(args, args.folder / "features", "one_epoch")), main_train.Run, "train_and_record")
+    measure(
+        args,
+        lambda: main_train.main(train_options(args, args.folder / "features", "one_epoch")),
+        main_train.Run,
+        "train_and_record",
+    )
 
 
 def scoring(args: argparse.Namespace) -> None:
-    measure(args, lambda: generate_score.main(["-t", "19LA", "-d", str(args.folder), "--result_folder", str(args.folder / "result"), "--gpu", "-1",
-                                               "--batch_size", "256", "--num_workers", str(args.num_workers)]), generate_score.Scorer, "score_files")
+    measure(
+        args,
+        lambda: generate_score.main(
+            [
+                "-t",
+                "19LA",
+                "-d",
+                str(args.folder),
+                "--result_folder",
+                str(args.folder / "result"),
+                "--gpu",
+                "-1",
+                "--batch_size",
+                "256",
+                "--num_workers",
+                str(args.num_workers),
+            ]
+        ),
+        generate_score.Scorer,
+        "score_files",
+    )
 
 
 def training_on_full_rows(args: argparse.Namespace) -> None:
@@ -181,15 +288,24 @@ def training_on_full_rows(args: argparse.Namespace) -> None:
         make_sparse_cache(args.folder / "full" / part / "mel", trials[:count])
     del trials
     batches = dataset.shuffled_batches
-    with mock.patch.object(sys.modules[__name__], "SHAPE", FULL_SHAPE), \
-            mock.patch.object(dataset, "shuffled_batches", lambda *order: batches(*order)[:FULL_STEPS]):
-        measure(args, lambda: main_train.main(train_options(args, args.folder / "full", "full_rows")), main_train.Run, "train_and_record")
+    with (
+        mock.patch.object(sys.modules[__name__], "SHAPE", FULL_SHAPE),
+        mock.patch.object(dataset, "shuffled_batches", lambda *order: batches(*order)[:FULL_STEPS]),
+    ):
+        measure(
+            args,
+            lambda: main_train.main(train_options(args, args.folder / "full", "full_rows")),
+            main_train.Run,
+            "train_and_record",
+        )
 
 
 def make_sparse_cache(folder: Path, trials: list[Trial]) -> None:
     """A complete cache whose rows are holes, all zero."""
     space = os.statvfs("/")
-    with mock.patch.object(os, "statvfs", lambda path: os.statvfs_result((*space[:4], 2**50, *space[5:]))):
+    with mock.patch.object(
+        os, "statvfs", lambda path: os.statvfs_result((*space[:4], 2**50, *space[5:]))
+    ):
         writer = CacheWriter(folder, trials, {"feat": "mel"}, FULL_SHAPE, "sqrt8")
     rows = np.arange(len(trials))
     crc = np.full(len(trials), zlib.crc32(bytes(writer.layout.row_bytes)), np.uint32)
@@ -198,11 +314,32 @@ def make_sparse_cache(folder: Path, trials: list[Trial]) -> None:
 
 
 def train_options(args: argparse.Namespace, features: Path, out: str) -> list[str]:
-    return ["-t", "codecfake", "--feat", "mel", "-m", "lcnn", "-f", str(features), "-o", str(args.folder / out), "--num_epochs", "1",
-            "--gpu", "-1", "--num_workers", str(args.num_workers)]
+    return [
+        "-t",
+        "codecfake",
+        "--feat",
+        "mel",
+        "-m",
+        "lcnn",
+        "-f",
+        str(features),
+        "-o",
+        str(args.folder / out),
+        "--num_epochs",
+        "1",
+        "--gpu",
+        "-1",
+        "--num_workers",
+        str(args.num_workers),
+    ]
 
 
-PARTS = {"preprocess.py": extraction, "main_train.py": training, "generate_score.py": scoring, "main_train.py, full rows": training_on_full_rows}
+PARTS = {
+    "preprocess.py": extraction,
+    "main_train.py": training,
+    "generate_score.py": scoring,
+    "main_train.py, full rows": training_on_full_rows,
+}
 
 
 if __name__ == "__main__":

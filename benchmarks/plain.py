@@ -4,6 +4,7 @@ One clip at a time through all 24 blocks in float32, a pickled file a clip, a Da
 the heads as published (with the batch norms whose results they throw away), one clip at a time again
 for scoring.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -37,12 +38,16 @@ def feature(front_end: nn.Module, path: str, device: torch.device) -> Tensor:
     clip = load_clip(path)
     clip = (clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7)
     with torch.no_grad():
-        return front_end(clip[None].to(device), output_hidden_states=True).hidden_states[LAYER].cpu()
+        return (
+            front_end(clip[None].to(device), output_hidden_states=True).hidden_states[LAYER].cpu()
+        )
 
 
 def extract(front_end: nn.Module, paths: Sequence[str], folder: Path, device: torch.device) -> None:
     for number, path in enumerate(paths):
-        torch.save(feature(front_end, path, device), folder / f"{number:06d}_{Path(path).name}_real.pt")
+        torch.save(
+            feature(front_end, path, device), folder / f"{number:06d}_{Path(path).name}_real.pt"
+        )
 
 
 class PtFiles(torch.utils.data.Dataset):
@@ -58,13 +63,15 @@ class PtFiles(torch.utils.data.Dataset):
 
 
 def batches(folder: Path, batch_size: int, num_workers: int) -> torch.utils.data.DataLoader:
-    return torch.utils.data.DataLoader(PtFiles(folder), batch_size, shuffle=True, num_workers=num_workers)
+    return torch.utils.data.DataLoader(
+        PtFiles(folder), batch_size, shuffle=True, num_workers=num_workers
+    )
 
 
 class _ResidualBlock(Residual_block):
     def forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "bn1"):
-            F.selu(self.bn1(x))                    # published so: computed, then written over
+            F.selu(self.bn1(x))  # published so: computed, then written over
         return super().forward(x)
 
 
@@ -84,7 +91,9 @@ def as_published(head: LCNN | W2VAASIST) -> LCNN | W2VAASIST:
     return head
 
 
-def train_step(head: nn.Module, optimiser: torch.optim.Optimizer, features: Tensor, labels: Tensor) -> Tensor:
+def train_step(
+    head: nn.Module, optimiser: torch.optim.Optimizer, features: Tensor, labels: Tensor
+) -> Tensor:
     optimiser.zero_grad()
     loss = weighted_cross_entropy(head(features)[1], labels)
     loss.backward()
@@ -94,4 +103,6 @@ def train_step(head: nn.Module, optimiser: torch.optim.Optimizer, features: Tens
 
 def score(front_end: nn.Module, head: nn.Module, path: str, device: torch.device) -> float:
     with torch.no_grad():
-        return float(torch.softmax(head(feature(front_end, path, device).to(device))[1], dim=1)[0, 0])
+        return float(
+            torch.softmax(head(feature(front_end, path, device).to(device))[1], dim=1)[0, 0]
+        )

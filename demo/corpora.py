@@ -8,6 +8,7 @@ fakes are vocoder-like resynthesis. Real and fake take the same last steps to a 
 tells them apart, and no speaker of a test set is heard in training. Also writes README.txt, and speakers.csv: who speaks
 in each file and what made it. The same seed gives the same bytes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,69 +40,79 @@ from runtime import cli
 from runtime.files import only_one
 
 SAMPLE_RATE = 16_000
-RECIPE = 1                         # raise it when the same settings give other files
-SETTINGS = "settings.json"         # marks a folder as ours
+RECIPE = 1  # raise it when the same settings give other files
+SETTINGS = "settings.json"  # marks a folder as ours
 
-SPEAKERS = {"train": 10, "dev": 4, "test": 8}      # synthetic voices; nobody is in two of the groups
+SPEAKERS = {"train": 10, "dev": 4, "test": 8}  # synthetic voices; nobody is in two of the groups
 
 
 @dataclass(frozen=True)
 class Part:
     """How many clips a part of a corpus shows as they are, and of how many it shows fakes."""
 
-    group: str             # of SPEAKERS
+    group: str  # of SPEAKERS
     real: int
     faked: int
 
 
-PARTS = {                                   # files: real + fake
-    "train": Part("train", 60, 60),         # 60 + 360: each clip by each of F01..F06
-    "dev": Part("dev", 12, 12),             # 12 + 72
-    "C": Part("test", 40, 40),              # 40 + 40 in each of C1..C7, the real ones the same in all
-    "A": Part("test", 40, 40),              # 40 + 40 in each of A1..A3, likewise
-    "LA train": Part("train", 20, 30),      # 20 + 180: each clip by each of A01..A06
-    "LA dev": Part("dev", 8, 12),           # 8 + 72
-    "LA eval": Part("test", 30, 20),        # 30 + 260: A07..A19
-    "ITW": Part("test", 50, 30),            # 50 + 30
+PARTS = {  # files: real + fake
+    "train": Part("train", 60, 60),  # 60 + 360: each clip by each of F01..F06
+    "dev": Part("dev", 12, 12),  # 12 + 72
+    "C": Part("test", 40, 40),  # 40 + 40 in each of C1..C7, the real ones the same in all
+    "A": Part("test", 40, 40),  # 40 + 40 in each of A1..A3, likewise
+    "LA train": Part("train", 20, 30),  # 20 + 180: each clip by each of A01..A06
+    "LA dev": Part("dev", 8, 12),  # 8 + 72
+    "LA eval": Part("test", 30, 20),  # 30 + 260: A07..A19
+    "ITW": Part("test", 50, 30),  # 50 + 30
 }
 
 REAL = "-"
 ATTACKS = {"train": range(1, 7), "dev": range(1, 7), "eval": range(7, 20)}
 WILD = ("wild1", "wild2", "wild3", "wild4")
-TRAILING_BLANK_EVERY = 11          # lines; the published label files have some
+TRAILING_BLANK_EVERY = 11  # lines; the published label files have some
 
-SECONDS = (1.2, 5.0)               # of a synthetic clip
-EMPHASIS = 0.95                    # of treble, as by a bright microphone: without it, most of a clip's power is below 1 kHz
-SPEECH_LEVEL = (-26.0, -20.0)      # dBFS while somebody speaks
-NOISE_FLOOR = (-62.0, -52.0)       # dBFS of the noise added to every file
-PAUSE = 30                         # dB below the loudest 20 ms
+SECONDS = (1.2, 5.0)  # of a synthetic clip
+EMPHASIS = (
+    0.95  # of treble, as by a bright microphone: without it, most of a clip's power is below 1 kHz
+)
+SPEECH_LEVEL = (-26.0, -20.0)  # dBFS while somebody speaks
+NOISE_FLOOR = (-62.0, -52.0)  # dBFS of the noise added to every file
+PAUSE = 30  # dB below the loudest 20 ms
 # Gain over frequency (Hz). The gap at 4 kHz hides where the two half bands of a codec meet.
 BAND = {0: 0, 60: 0, 100: 1, 3850: 1, 3950: 0, 4050: 0, 4150: 1, 6800: 1, 7200: 0, 8000: 0}
 # Group delay, seconds, at every 100 Hz: spreads pulses out, so that peaks do not tell a voice from a vocoder.
 DELAY = np.random.default_rng(1).uniform(-0.008, 0.008, 81)
-FADE = SAMPLE_RATE // 200          # 5 ms
-FRAME = SAMPLE_RATE // 50          # 20 ms
+FADE = SAMPLE_RATE // 200  # 5 ms
+FRAME = SAMPLE_RATE // 50  # 20 ms
 
 SYNTHETIC = "synthetic voices: checks the installation, says nothing about real deepfakes"
 
 Clip = Spoken | Cut
-Parts = dict[str, tuple[list[Clip], list[Clip]]]       # of each of PARTS: the clips shown as they are, those faked
+Parts = dict[
+    str, tuple[list[Clip], list[Clip]]
+]  # of each of PARTS: the clips shown as they are, those faked
 
 
 @dataclass(frozen=True)
 class File:
     """One audio file of the corpora: whose clip, by which codec or attack, and where."""
 
-    path: str                      # below the demo's folder
+    path: str  # below the demo's folder
     clip: Clip
-    maker: str                     # key of CODECS or RESYNTHESES, or REAL
-    also: tuple[str, ...] = ()     # where else the same bytes go
+    maker: str  # key of CODECS or RESYNTHESES, or REAL
+    also: tuple[str, ...] = ()  # where else the same bytes go
 
 
-Plan = tuple[list[File], dict[str, str]]       # audio, and the text of each protocol by its path
+Plan = tuple[list[File], dict[str, str]]  # audio, and the text of each protocol by its path
 
 
-def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float = 1.0, workers: int | None = None) -> None:
+def build(
+    out: Path,
+    speech: Path | None = None,
+    seed: int = 688,
+    scale: float = 1.0,
+    workers: int | None = None,
+) -> None:
     """Build the three corpora in `out`, `scale` times the usual number of clips, or reuse them if they are there.
 
     The folder appears when it is whole. Raises InputError, and touches nothing, where `out` holds anything else.
@@ -126,7 +137,7 @@ def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float =
             _place(partial / SETTINGS, json.dumps(settings, indent=1).encode())
             (partial / ".lock").unlink()
             if out.exists():
-                out.rmdir()        # _is_there found it empty
+                out.rmdir()  # _is_there found it empty
             partial.rename(out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -135,13 +146,16 @@ def build(out: Path, speech: Path | None = None, seed: int = 688, scale: float =
 
 # --- whose clips ------------------------------------------------------------------------------------
 
+
 def _synthetic(seed: int, scale: float) -> tuple[Parts, str]:
     """The clips of each part, and what the voices are called."""
     print(SYNTHETIC)
     pools, first = {}, 1
     for group, n_speakers in SPEAKERS.items():
-        pools[group] = [Spoken(seed, first + n % n_speakers, n, round(_spread(SECONDS, n * 5**0.5), 3))
-                        for n in range(1, _n_wanted(group, scale) + 1)]
+        pools[group] = [
+            Spoken(seed, first + n % n_speakers, n, round(_spread(SECONDS, n * 5**0.5), 3))
+            for n in range(1, _n_wanted(group, scale) + 1)
+        ]
         first += n_speakers
     return _deal(pools, scale), SYNTHETIC
 
@@ -152,8 +166,10 @@ def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
     speakers, skipped = find_clips(folder, sum(wanted.values()), _generator(seed, "recordings"))
     _say_skipped(skipped)
     if len(speakers) < len(SPEAKERS):
-        raise cli.InputError(f"{folder}: found {len(speakers)} speakers with recordings that can be used, expected at least "
-                             f"{len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each ({', '.join(sorted(SUFFIXES))})")
+        raise cli.InputError(
+            f"{folder}: found {len(speakers)} speakers with recordings that can be used, expected at least "
+            f"{len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each ({', '.join(sorted(SUFFIXES))})"
+        )
     pools: dict[str, list[Clip]] = {group: [] for group in SPEAKERS}
     for cuts in sorted(speakers.values(), key=len, reverse=True):
         neediest = min(pools, key=lambda group: len(pools[group]) / wanted[group])
@@ -162,7 +178,9 @@ def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
         order = _generator(seed, group).permutation(len(pool))
         pools[group] = [replace(pool[i], number=n) for n, i in enumerate(order, start=1)]
         if len(pool) < wanted[group]:
-            print(f"{folder}: {len(pool)} clips for {group} where {wanted[group]} would be used: that part is smaller")
+            print(
+                f"{folder}: {len(pool)} clips for {group} where {wanted[group]} would be used: that part is smaller"
+            )
     return _deal(pools, scale), f"recordings: {len(speakers)} speakers of {folder.name}"
 
 
@@ -190,9 +208,11 @@ def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
         for name, part in PARTS.items():
             if part.group == group:
                 real, faked = _n_clips(part, group_scale)
-                clips = pool[start: start + max(real, faked)]
+                clips = pool[start : start + max(real, faked)]
                 if len(clips) < 2:
-                    raise cli.InputError(f"too few clips to test on: {len(pool)} for the {group} sets; give more or longer recordings")
+                    raise cli.InputError(
+                        f"too few clips to test on: {len(pool)} for the {group} sets; give more or longer recordings"
+                    )
                 dealt[name] = clips[:real], clips[:faked]
                 start += len(clips)
     return dealt
@@ -200,14 +220,20 @@ def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
 
 # --- what goes where --------------------------------------------------------------------------------
 
+
 def _codecfake(parts: Parts, seed: int) -> Plan:
     """train, dev, and the ten test sets: C1..C7 share their real clips, and so do A1..A3."""
     files, labels = [], {}
     for part in ("train", "dev"):
         real, faked = parts[part]
-        made = [(clip, REAL) for clip in real] + [(clip, f"F0{k}") for clip in faked for k in range(1, 7)]
+        made = [(clip, REAL) for clip in real] + [
+            (clip, f"F0{k}") for clip in faked for k in range(1, 7)
+        ]
         files += [File(f"Codecfake/{part}/{_wav(*one)}", *one) for one in made]
-        labels[part] = [f"{_wav(clip, maker)} {_real_or_fake(maker)} {0 if maker == REAL else maker[-1]}" for clip, maker in made]
+        labels[part] = [
+            f"{_wav(clip, maker)} {_real_or_fake(maker)} {0 if maker == REAL else maker[-1]}"
+            for clip, maker in made
+        ]
     for part, subsets in {"C": [f"C{k}" for k in range(1, 8)], "A": ["A1", "A2", "A3"]}.items():
         real, faked = parts[part]
         for clip in real:
@@ -215,11 +241,17 @@ def _codecfake(parts: Parts, seed: int) -> Plan:
             files.append(File(first, clip, REAL, also=tuple(others)))
         for subset in subsets:
             k = subset[-1]
-            maker, real_tag, fake_tag = (f"F0{k}", "0", k) if part == "C" else (subset, f"L{k}", f"L{k}")
-            files += [File(f"Codecfake/test/{subset}/{_wav(clip, maker)}", clip, maker) for clip in faked]
+            maker, real_tag, fake_tag = (
+                (f"F0{k}", "0", k) if part == "C" else (subset, f"L{k}", f"L{k}")
+            )
+            files += [
+                File(f"Codecfake/test/{subset}/{_wav(clip, maker)}", clip, maker) for clip in faked
+            ]
             labels[subset] = [f"{_wav(clip, REAL)} real {real_tag}" for clip in real]
             labels[subset] += [f"{_wav(clip, maker)} fake {fake_tag}" for clip in faked]
-    return files, {f"Codecfake/label/{name}.txt": _lines(rows, seed, name) for name, rows in labels.items()}
+    return files, {
+        f"Codecfake/label/{name}.txt": _lines(rows, seed, name) for name, rows in labels.items()
+    }
 
 
 def _asvspoof(parts: Parts, seed: int) -> Plan:
@@ -227,29 +259,43 @@ def _asvspoof(parts: Parts, seed: int) -> Plan:
     files, protocols = [], {}
     for part, ending in {"train": "trn", "dev": "trl", "eval": "trl"}.items():
         real, faked = parts[f"LA {part}"]
-        made = [(clip, REAL) for clip in real] + [(clip, f"A{k:02d}") for k in ATTACKS[part] for clip in faked]
-        numbers = _generator(seed, f"LA {part}").choice(np.arange(1_000_000, 10_000_000), len(made), replace=False)
+        made = [(clip, REAL) for clip in real] + [
+            (clip, f"A{k:02d}") for k in ATTACKS[part] for clip in faked
+        ]
+        numbers = _generator(seed, f"LA {part}").choice(
+            np.arange(1_000_000, 10_000_000), len(made), replace=False
+        )
         folder, letter, rows = f"LA/ASVspoof2019_LA_{part}/flac", part[0].upper(), []
         for (clip, maker), number in zip(made, numbers, strict=True):
             utterance = f"LA_{letter}_{number}"
             files.append(File(f"{folder}/{utterance}.flac", clip, maker))
-            rows.append(f"LA_{clip.speaker:04d} {utterance} - {maker} {'bonafide' if maker == REAL else 'spoof'}")
+            rows.append(
+                f"LA_{clip.speaker:04d} {utterance} - {maker} {'bonafide' if maker == REAL else 'spoof'}"
+            )
         if part != "train":
-            files += [File(f"{folder}/LA_{letter}_A{numbers[i]}.flac", real[i], REAL) for i in range(2)]
-        protocols[f"LA/ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{ending}.txt"] = _lines(rows, seed, part)
+            files += [
+                File(f"{folder}/LA_{letter}_A{numbers[i]}.flac", real[i], REAL) for i in range(2)
+            ]
+        protocols[f"LA/ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{ending}.txt"] = (
+            _lines(rows, seed, part)
+        )
     return files, protocols
 
 
 def _in_the_wild(parts: Parts, seed: int) -> Plan:
     """In-the-Wild as released: meta.csv beside the files it names, the speakers' names with blanks in them."""
     real, faked = parts["ITW"]
-    made = [(clip, REAL) for clip in real] + [(clip, WILD[i % len(WILD)]) for i, clip in enumerate(faked)]
+    made = [(clip, REAL) for clip in real] + [
+        (clip, WILD[i % len(WILD)]) for i, clip in enumerate(faked)
+    ]
     order = _generator(seed, "ITW").permutation(len(made))
     folder = "ITW/release_in_the_wild"
     files, rows = [], ["file,speaker,label"]
     for number, (clip, maker) in enumerate(made[i] for i in order):
         files.append(File(f"{folder}/{number}.wav", clip, maker))
-        rows.append(f"{number}.wav,Speaker {clip.speaker:02d},{'bona-fide' if maker == REAL else 'spoof'}")
+        rows.append(
+            f"{number}.wav,Speaker {clip.speaker:02d},{'bona-fide' if maker == REAL else 'spoof'}"
+        )
     return files, {f"{folder}/meta.csv": "\n".join(rows) + "\n"}
 
 
@@ -265,7 +311,10 @@ def _real_or_fake(maker: str) -> str:
 def _lines(rows: list[str], seed: int, name: str) -> str:
     """The rows in an order that tells nothing, some with the trailing blank of the published files."""
     order = _generator(seed, f"order of {name}").permutation(len(rows))
-    return "".join(f"{rows[row]}{' ' if at % TRAILING_BLANK_EVERY == 0 else ''}\n" for at, row in enumerate(order, start=1))
+    return "".join(
+        f"{rows[row]}{' ' if at % TRAILING_BLANK_EVERY == 0 else ''}\n"
+        for at, row in enumerate(order, start=1)
+    )
 
 
 def _speakers(files: list[File]) -> str:
@@ -275,7 +324,15 @@ def _speakers(files: list[File]) -> str:
     table.writerow(["file", "speaker", "label", "maker", "source"])
     for file in files:
         for path in (file.path, *file.also):
-            table.writerow([path, f"s{file.clip.speaker:02d}", _real_or_fake(file.maker), file.maker, file.clip.source])
+            table.writerow(
+                [
+                    path,
+                    f"s{file.clip.speaker:02d}",
+                    _real_or_fake(file.maker),
+                    file.maker,
+                    file.clip.source,
+                ]
+            )
     return text.getvalue()
 
 
@@ -297,12 +354,15 @@ Results on these corpora compare with no published figure.
 
 # --- files --------------------------------------------------------------------------------------------
 
+
 def _make_all(folder: Path, files: list[File], seed: int, workers: int) -> None:
     jobs = defaultdict(list)
     for file in files:
         jobs[file.clip].append(file)
     with tqdm(total=len(files), unit="file", desc=f"building {folder.with_suffix('')}") as bar:
-        for done in _in_parallel([(folder, seed, clip, its_files) for clip, its_files in jobs.items()], workers):
+        for done in _in_parallel(
+            [(folder, seed, clip, its_files) for clip, its_files in jobs.items()], workers
+        ):
             bar.update(done)
 
 
@@ -311,9 +371,16 @@ def _in_parallel(jobs: list[tuple], workers: int) -> Iterator[int]:
         yield from (_make(*job) for job in jobs)
         return
     # Ctrl-C reaches the workers too; only the parent answers it.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        signal.signal,
+        (signal.SIGINT, signal.SIG_IGN),
+    )
     try:
-        yield from (done.result() for done in as_completed([pool.submit(_make, *job) for job in jobs]))
+        yield from (
+            done.result() for done in as_completed([pool.submit(_make, *job) for job in jobs])
+        )
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -331,7 +398,13 @@ def _make(folder: Path, seed: int, clip: Clip, files: list[File]) -> int:
         else:
             made = speech
         encoded = io.BytesIO()
-        soundfile.write(encoded, finish(made, gate, clip.number, rng), SAMPLE_RATE, format=Path(file.path).suffix[1:], subtype="PCM_16")
+        soundfile.write(
+            encoded,
+            finish(made, gate, clip.number, rng),
+            SAMPLE_RATE,
+            format=Path(file.path).suffix[1:],
+            subtype="PCM_16",
+        )
         for path in (file.path, *file.also):
             _place(folder / path, encoded.getvalue())
     return len(files)
@@ -344,11 +417,18 @@ def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Gener
     how a codec fills a pause would tell it at once.
     """
     n = len(clip)
-    padded = np.pad(lfilter([1, -EMPHASIS], 1, clip), (0, SAMPLE_RATE // 10))      # no ringing around to the start
+    padded = np.pad(
+        lfilter([1, -EMPHASIS], 1, clip), (0, SAMPLE_RATE // 10)
+    )  # no ringing around to the start
     spectrum = rfft(padded)
     frequency = np.linspace(0, SAMPLE_RATE / 2, len(spectrum))
     gain = np.interp(frequency, list(BAND), list(BAND.values()))
-    phase = 2 * np.pi * np.cumsum(np.interp(frequency, np.arange(len(DELAY)) * 100, DELAY)) * frequency[1]
+    phase = (
+        2
+        * np.pi
+        * np.cumsum(np.interp(frequency, np.arange(len(DELAY)) * 100, DELAY))
+        * frequency[1]
+    )
     clip = irfft(spectrum * gain * np.exp(-1j * phase), len(padded))[:n]
     clip = clip * gate
     gain = 10 ** (_spread(SPEECH_LEVEL, number * 2**0.5) / 20) / speech_level(clip)
@@ -357,7 +437,7 @@ def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Gener
     fade = np.linspace(0, 1, FADE)
     clip[:FADE] *= fade
     clip[-FADE:] *= fade[::-1]
-    dither = rng.random(n) - rng.random(n)                 # triangular, one step to either side
+    dither = rng.random(n) - rng.random(n)  # triangular, one step to either side
     return np.round((clip - clip.mean()) * 32768 + dither).astype(np.int16)
 
 
@@ -377,7 +457,7 @@ def speaking(clip: np.ndarray) -> np.ndarray:
     """1 where somebody speaks, 0 in the pauses, a value a sample, with 20 ms from one to the other."""
     power = _power(clip)
     loud = np.pad(power > power.max() * 10 ** (-PAUSE / 10), 1)
-    loud = loud[:-2] | loud[1:-1] | loud[2:]               # and the frame before and after
+    loud = loud[:-2] | loud[1:-1] | loud[2:]  # and the frame before and after
     return np.interp(np.arange(len(clip)), (np.arange(len(loud)) + 0.5) * FRAME, loud)
 
 
@@ -398,6 +478,7 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 
 # --- the folder -----------------------------------------------------------------------------------------
 
+
 def _is_there(out: Path, settings: dict) -> bool:
     """True if `out` was made with these settings, False if there is nothing; anything else is an InputError."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -405,10 +486,14 @@ def _is_there(out: Path, settings: dict) -> bool:
     try:
         found = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
-        raise cli.InputError(f"{out}: is not empty and was not made by `python -m demo`; choose another folder with -o") from None
+        raise cli.InputError(
+            f"{out}: is not empty and was not made by `python -m demo`; choose another folder with -o"
+        ) from None
     if found != settings:
         changed = ", ".join(key for key in settings if found.get(key) != settings[key])
-        raise cli.InputError(f"{out}: was made with another {changed}; remove it (make clean-demo), or choose another folder with -o")
+        raise cli.InputError(
+            f"{out}: was made with another {changed}; remove it (make clean-demo), or choose another folder with -o"
+        )
     return True
 
 
@@ -430,12 +515,29 @@ def _fingerprint(speech: Path | None) -> str | None:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, default=Path("data/demo"), help="folder to build (default: %(default)s)")
-    parser.add_argument("--speech", type=Path, metavar="FOLDER",
-                        help="recordings of real speech, one sub-folder (or else one file) a speaker; default: synthetic voices")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("data/demo"),
+        help="folder to build (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--speech",
+        type=Path,
+        metavar="FOLDER",
+        help="recordings of real speech, one sub-folder (or else one file) a speaker; default: synthetic voices",
+    )
     parser.add_argument("--seed", type=int, default=688, help="0 or more (default: %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of clips (default: %(default)s)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="times the usual number of clips (default: %(default)s)",
+    )
     parser.add_argument("--num_workers", type=int, help="processes (default: one a core)")
     return parser
 

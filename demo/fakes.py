@@ -5,6 +5,7 @@
 
 Clips are 16 kHz mono float64. The codecs are those that soundfile's own libsndfile encodes and decodes.
 """
+
 from __future__ import annotations
 
 import io
@@ -16,29 +17,50 @@ from scipy.fft import irfft, rfft
 
 SAMPLE_RATE = 16_000
 FFT = 512
-HOP = 128                  # 8 ms, a quarter of the FFT: a squared Hann window overlaps to a constant
+HOP = 128  # 8 ms, a quarter of the FFT: a squared Hann window overlaps to a constant
 WINDOW = np.hanning(FFT + 1)[:-1]
 BINS = FFT // 2 + 1
 
 
 # --- codecs ----------------------------------------------------------------------------------------
 
-def code(clip: np.ndarray, container: str, subtype: str, rate: int = SAMPLE_RATE, level: float | None = None,
-         peak: float = 0.5, passes: int = 1) -> np.ndarray:
+
+def code(
+    clip: np.ndarray,
+    container: str,
+    subtype: str,
+    rate: int = SAMPLE_RATE,
+    level: float | None = None,
+    peak: float = 0.5,
+    passes: int = 1,
+) -> np.ndarray:
     """What the codec leaves of a clip that reaches it with this peak, after so many passes (as calls through exchanges).
 
     The telephone's codecs do not ask for the rate: at 16 kHz they keep 0-8 kHz.
     """
     gain = peak / max(np.abs(clip).max(), 1e-9)
     for number in range(passes):
-        shift = 37 * number        # its frames fall elsewhere each time; on the same ones, a codec changes little more
+        shift = (
+            37 * number
+        )  # its frames fall elsewhere each time; on the same ones, a codec changes little more
         file = io.BytesIO()
-        soundfile.write(file, np.pad(clip * gain, (shift, 0)), rate, subtype=subtype, format=container, compression_level=level)
+        soundfile.write(
+            file,
+            np.pad(clip * gain, (shift, 0)),
+            rate,
+            subtype=subtype,
+            format=container,
+            compression_level=level,
+        )
         file.seek(0)
         decoded, _ = soundfile.read(file)
         if len(decoded) < shift + len(clip):
-            raise RuntimeError(f"{subtype}: {shift + len(clip)} samples went in, {len(decoded)} came out")
-        clip = decoded[shift: shift + len(clip)] / gain         # codecs of fixed frames hand back a little more
+            raise RuntimeError(
+                f"{subtype}: {shift + len(clip)} samples went in, {len(decoded)} came out"
+            )
+        clip = (
+            decoded[shift : shift + len(clip)] / gain
+        )  # codecs of fixed frames hand back a little more
     return clip
 
 
@@ -52,7 +74,7 @@ def split(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The bands 0-4 kHz and 4-8 kHz, the latter mirrored, each at 8 kHz. `join` undoes it but for the bin at 4 kHz."""
     half = (len(clip) + 3) // 4 * 2
     spectrum = rfft(clip, 2 * half)
-    return irfft(spectrum[: half // 2 + 1], half), irfft(spectrum[half // 2:][::-1], half)
+    return irfft(spectrum[: half // 2 + 1], half), irfft(spectrum[half // 2 :][::-1], half)
 
 
 def join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -76,7 +98,10 @@ CODECS = {
 
 # --- resynthesis -------------------------------------------------------------------------------------
 
-def griffin_lim(clip: np.ndarray, rng: np.random.Generator, n_mels: int, iterations: int) -> np.ndarray:
+
+def griffin_lim(
+    clip: np.ndarray, rng: np.random.Generator, n_mels: int, iterations: int
+) -> np.ndarray:
     """Magnitudes from a mel spectrogram, phases by Griffin and Lim (1984), starting from random ones."""
     magnitude = _mel_envelope(_stft(clip), n_mels)
     spectrum = magnitude * np.exp(2j * np.pi * rng.random(magnitude.shape))
@@ -86,8 +111,15 @@ def griffin_lim(clip: np.ndarray, rng: np.random.Generator, n_mels: int, iterati
     return _istft(spectrum, len(clip))
 
 
-def vocoder(clip: np.ndarray, rng: np.random.Generator, envelope: str, order: int,
-            voiced: bool = True, pitch: float = 1.0, tract: float = 1.0) -> np.ndarray:
+def vocoder(
+    clip: np.ndarray,
+    rng: np.random.Generator,
+    envelope: str,
+    order: int,
+    voiced: bool = True,
+    pitch: float = 1.0,
+    tract: float = 1.0,
+) -> np.ndarray:
     """A source of pulses and noise, shaped frame by frame by the clip's spectral envelope and loudness.
 
     `envelope` is "lpc", "mel" or "cepstrum" with `order` poles, bands or coefficients. `voiced=False`
@@ -115,7 +147,7 @@ def sines_and_noise(clip: np.ndarray, rng: np.random.Generator, partials: int) -
         at, advance = _partials(row, partials)
         if len(at) == 0:
             continue
-        owner = np.abs(bins[:, None] - at).argmin(axis=1)               # each bin follows the nearest partial
+        owner = np.abs(bins[:, None] - at).argmin(axis=1)  # each bin follows the nearest partial
         phase = (phase[at] + advance)[owner]
         lobe = np.abs(bins - at[owner]) <= 2
         copy[i, lobe] = (row * np.exp(1j * (phase + np.pi * (bins - at[owner]))))[lobe]
@@ -124,7 +156,9 @@ def sines_and_noise(clip: np.ndarray, rng: np.random.Generator, partials: int) -
 
 def _partials(magnitude: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Bins of the highest peaks of a spectrum and how far each turns in one hop, radians."""
-    peaks = 1 + np.flatnonzero((magnitude[1:-1] > magnitude[:-2]) & (magnitude[1:-1] >= magnitude[2:]))
+    peaks = 1 + np.flatnonzero(
+        (magnitude[1:-1] > magnitude[:-2]) & (magnitude[1:-1] >= magnitude[2:])
+    )
     at = np.sort(peaks[np.argsort(magnitude[peaks])[-count:]])
     left, middle, right = np.log(magnitude[[at - 1, at, at + 1]] + 1e-12)
     offset = 0.5 * (left - right) / np.minimum(left - 2 * middle + right, -1e-9)
@@ -133,10 +167,10 @@ def _partials(magnitude: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray
 
 def _lpc_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
     """1 / |A| of the all-pole model of each frame, from its autocorrelation."""
-    r = irfft(np.abs(spectrum)**2)[:, : order + 1]
-    r[:, 0] = r[:, 0] * 1.0001 + 1e-9                                   # a floor 40 dB down keeps it stable
+    r = irfft(np.abs(spectrum) ** 2)[:, : order + 1]
+    r[:, 0] = r[:, 0] * 1.0001 + 1e-9  # a floor 40 dB down keeps it stable
     lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
-    a = np.linalg.solve(r[:, lags], r[:, 1:, None])[:, :, 0]            # (frames, order)
+    a = np.linalg.solve(r[:, lags], r[:, 1:, None])[:, :, 0]  # (frames, order)
     return 1 / np.abs(rfft(np.column_stack([np.ones(len(a)), -a]), FFT))
 
 
@@ -144,14 +178,14 @@ def _mel_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
     """What is left of the magnitudes in the powers of `order` mel bands: each bin gets the mean of the bands it lies in."""
     bank = _mel_bank(order)
     # einsum and not @, whose last digits depend on the number of threads: the same seed must give the same bytes.
-    bands = np.einsum("tf,bf->tb", np.abs(spectrum)**2, bank / bank.sum(axis=1, keepdims=True))
+    bands = np.einsum("tf,bf->tb", np.abs(spectrum) ** 2, bank / bank.sum(axis=1, keepdims=True))
     return np.sqrt(np.einsum("tb,bf->tf", bands, bank / np.maximum(bank.sum(axis=0), 1e-9)))
 
 
 def _cepstral_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
     """The slow part of the log spectrum: its first `order` cepstral coefficients."""
     cepstrum = irfft(np.log(np.abs(spectrum) + 1e-6))
-    cepstrum[:, order: FFT - order + 1] = 0
+    cepstrum[:, order : FFT - order + 1] = 0
     return np.exp(rfft(cepstrum).real)
 
 
@@ -170,15 +204,17 @@ def _source(clip: np.ndarray, rng: np.random.Generator, pitch: float) -> np.ndar
     return np.where(voiced, pulses, rng.standard_normal(len(clip)))
 
 
-def _pitch_track(clip: np.ndarray, lowest: float = 70, highest: float = 350) -> tuple[np.ndarray, np.ndarray]:
+def _pitch_track(
+    clip: np.ndarray, lowest: float = 70, highest: float = 350
+) -> tuple[np.ndarray, np.ndarray]:
     """Fundamental frequency (Hz) and whether there is one, for each hop, by autocorrelation over 48 ms."""
     width = 6 * HOP
     shortest, longest = int(SAMPLE_RATE / highest), int(SAMPLE_RATE / lowest)
     padded = np.pad(clip, (width // 2, width))
     frames = np.lib.stride_tricks.sliding_window_view(padded, width)[::HOP][: len(clip) // HOP + 1]
     window = np.hanning(width)
-    r = irfft(np.abs(rfft(frames * window, 2 * width))**2)[:, : longest + 1]
-    r /= irfft(np.abs(rfft(window, 2 * width))**2)[: longest + 1]       # undo the window's own taper
+    r = irfft(np.abs(rfft(frames * window, 2 * width)) ** 2)[:, : longest + 1]
+    r /= irfft(np.abs(rfft(window, 2 * width)) ** 2)[: longest + 1]  # undo the window's own taper
     similarity = r[:, shortest:] / (r[:, :1] + 1e-9)
     # Twice the period fits as well as the period: lean towards the shorter lag.
     best = (similarity - np.linspace(0, 0.15, similarity.shape[1])).argmax(axis=1)
@@ -195,12 +231,12 @@ def _stft(clip: np.ndarray) -> np.ndarray:
 
 
 def _istft(spectrum: np.ndarray, length: int) -> np.ndarray:
-    frames = irfft(spectrum) * WINDOW / 1.5                             # squared Hann windows, a quarter apart, sum to 1.5
+    frames = irfft(spectrum) * WINDOW / 1.5  # squared Hann windows, a quarter apart, sum to 1.5
     n_hops = len(frames) + FFT // HOP - 1
     out = np.zeros((n_hops, HOP))
     for quarter, part in enumerate(np.split(frames, FFT // HOP, axis=1)):
-        out[quarter: quarter + len(frames)] += part
-    return out.ravel()[FFT // 2: FFT // 2 + length]
+        out[quarter : quarter + len(frames)] += part
+    return out.ravel()[FFT // 2 : FFT // 2 + length]
 
 
 def _mel_bank(n_mels: int) -> np.ndarray:

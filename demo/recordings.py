@@ -4,6 +4,7 @@
 
 A sub-folder is a speaker; without sub-folders, every file is one.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -16,9 +17,9 @@ from scipy.signal import resample_poly
 
 SAMPLE_RATE = 16_000
 SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
-SHORTEST, LONGEST = 1.0, 5.0       # seconds of a clip
-SILENCE = 1e-3                     # a clip that never rises above -60 dBFS holds no speech
-MOST_SPEAKERS = 60                 # of a large corpus a sample is enough
+SHORTEST, LONGEST = 1.0, 5.0  # seconds of a clip
+SILENCE = 1e-3  # a clip that never rises above -60 dBFS holds no speech
+MOST_SPEAKERS = 60  # of a large corpus a sample is enough
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Cut:
     speaker: int
     number: int
     path: Path
-    name: str              # of the recording, below the folder that was given
+    name: str  # of the recording, below the folder that was given
     start: float
     stop: float
 
@@ -49,7 +50,9 @@ class Cut:
         return resample_poly(audio, SAMPLE_RATE, rate)
 
 
-def find_clips(folder: Path, wanted: int, rng: np.random.Generator) -> tuple[dict[int, list[Cut]], list[str]]:
+def find_clips(
+    folder: Path, wanted: int, rng: np.random.Generator
+) -> tuple[dict[int, list[Cut]], list[str]]:
     """About twice the `wanted` clips, evenly by speaker, and a line for each recording that gave none: which and why."""
     clips, skipped = {}, []
     speakers = _by_speaker(folder)
@@ -67,7 +70,10 @@ def find_clips(folder: Path, wanted: int, rng: np.random.Generator) -> tuple[dic
             except ValueError as error:
                 skipped.append(f"{below}: {error}")
                 continue
-            found += [Cut(speaker, len(found) + n, path, below, *span) for n, span in enumerate(spans, start=1)]
+            found += [
+                Cut(speaker, len(found) + n, path, below, *span)
+                for n, span in enumerate(spans, start=1)
+            ]
             if len(found) == most:
                 break
         if found:
@@ -77,18 +83,22 @@ def find_clips(folder: Path, wanted: int, rng: np.random.Generator) -> tuple[dic
 
 def fingerprint(folder: Path) -> list[list]:
     """Name and size of every recording: what tells one folder from another without reading it."""
-    return [[path.relative_to(folder).as_posix(), path.stat().st_size] for path in _recordings(folder)]
+    return [
+        [path.relative_to(folder).as_posix(), path.stat().st_size] for path in _recordings(folder)
+    ]
 
 
 def _recordings(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
 
 
 def _by_speaker(folder: Path) -> dict[str, list[Path]]:
     recordings = _recordings(folder)
     names = [path.relative_to(folder).parts for path in recordings]
     while names and len({parts[0] for parts in names}) == 1 and min(map(len, names)) > 1:
-        names = [parts[1:] for parts in names]         # one folder around everybody is nobody
+        names = [parts[1:] for parts in names]  # one folder around everybody is nobody
     speakers = defaultdict(list)
     for path, parts in zip(recordings, names, strict=True):
         speakers[parts[0]].append(path)
@@ -107,7 +117,7 @@ def _spans(path: Path, most: int, rng: np.random.Generator) -> list[tuple[float,
     spans, start = [], 0.0
     while seconds - start >= SHORTEST and len(spans) < most:
         stop = min(start + rng.uniform(SHORTEST, LONGEST), seconds)
-        if loudness[round(start * rate): round(stop * rate)].max() > SILENCE:
+        if loudness[round(start * rate) : round(stop * rate)].max() > SILENCE:
             spans.append((start, stop))
         start = stop
     if not spans:
@@ -118,6 +128,8 @@ def _spans(path: Path, most: int, rng: np.random.Generator) -> list[tuple[float,
 def _beginning(path: Path, seconds: float) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(path) as file:
-            return file.read(int(seconds * file.samplerate), dtype="float32", always_2d=True), file.samplerate
+            return file.read(
+                int(seconds * file.samplerate), dtype="float32", always_2d=True
+            ), file.samplerate
     except soundfile.LibsndfileError as error:
         raise ValueError(f"cannot be read ({error.error_string.rstrip('.')})") from error

@@ -5,6 +5,7 @@ Clusters of trials are drawn with replacement. In Codecfake the fake `F01_x.wav`
 is a cluster of its own, the plain bootstrap. Clusters with real trials only, with fake ones only and
 with both are drawn separately, so that no resample lacks a class.
 """
+
 from __future__ import annotations
 
 import re
@@ -17,10 +18,10 @@ from formats.score_files import Scores
 
 N_RESAMPLES = 1000
 COVERAGE = 0.95
-BLOCK = 2**18              # trials weighed at once: 2 MiB of int64, which a core's cache holds
-FAKE_UNIT = 1 << 32        # cumulative sums count real trials in the low 32 bits, fake ones in the high
+BLOCK = 2**18  # trials weighed at once: 2 MiB of int64, which a core's cache holds
+FAKE_UNIT = 1 << 32  # cumulative sums count real trials in the low 32 bits, fake ones in the high
 
-COPY_PREFIX = re.compile(r"(?:F\d\d|[LA]\d)_")      # codec F01..F07, audio-language-model set L1..L3
+COPY_PREFIX = re.compile(r"(?:F\d\d|[LA]\d)_")  # codec F01..F07, audio-language-model set L1..L3
 
 
 def find_clusters(names: Sequence[str], subset: str) -> tuple[np.ndarray, str]:
@@ -32,14 +33,21 @@ def find_clusters(names: Sequence[str], subset: str) -> tuple[np.ndarray, str]:
     """
     if subset[0] in "CA":
         numbers: dict[str, int] = {}
-        clusters = np.array([numbers.setdefault(COPY_PREFIX.sub("", name, count=1), len(numbers)) for name in names])
+        clusters = np.array(
+            [numbers.setdefault(COPY_PREFIX.sub("", name, count=1), len(numbers)) for name in names]
+        )
         if len(numbers) < len(names):
             return clusters, "source utterance"
     return np.arange(len(names)), "trial"
 
 
-def resample_eers(systems: Sequence[np.ndarray], is_real: np.ndarray, clusters: np.ndarray,
-                  n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
+def resample_eers(
+    systems: Sequence[np.ndarray],
+    is_real: np.ndarray,
+    clusters: np.ndarray,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+) -> np.ndarray:
     """EER of every resample, by compute_eer()'s rule.
 
     Args:
@@ -61,11 +69,13 @@ def resample_eers(systems: Sequence[np.ndarray], is_real: np.ndarray, clusters: 
     for start in range(0, n_resamples, rows):
         weights = _draw(rng, strata, min(rows, n_resamples - start))
         for column, ranking in enumerate(rankings):
-            eers[start:start + rows, column] = _eers(_cumulate(weights, ranking), ranking.ends)
+            eers[start : start + rows, column] = _eers(_cumulate(weights, ranking), ranking.ends)
     return eers
 
 
-def resample_det(trials: Scores, clusters: np.ndarray, far: np.ndarray, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+def resample_det(
+    trials: Scores, clusters: np.ndarray, far: np.ndarray, n_resamples: int = 200, seed: int = 0
+) -> np.ndarray:
     """FRR of every resample where its FAR first falls to each of the given values: (B, len(far)) fractions."""
     rng = np.random.default_rng(seed)
     order, strata = _stratify(trials.is_real, clusters)
@@ -75,9 +85,11 @@ def resample_det(trials: Scores, clusters: np.ndarray, far: np.ndarray, n_resamp
     for start in range(0, n_resamples, rows):
         counts = _cumulate(_draw(rng, strata, min(rows, n_resamples - start)), ranking)
         n_real, n_fake = _unpack(counts[:, -1:])
-        at = _first(counts, ranking.ends, lambda real, fake: n_fake - fake <= far * n_fake, len(far))
+        at = _first(
+            counts, ranking.ends, lambda real, fake: n_fake - fake <= far * n_fake, len(far)
+        )
         rejected, _ = _unpack(np.take_along_axis(counts, ranking.ends[at], axis=1))
-        frr[start:start + rows] = rejected / n_real
+        frr[start : start + rows] = rejected / n_real
     return frr
 
 
@@ -114,9 +126,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class _Ranking(NamedTuple):
     """One system's trials in the order of their scores."""
 
-    clusters: np.ndarray       # (N,) whose weight each trial has
-    units: np.ndarray          # (N,) 1 if real, FAKE_UNIT if fake
-    ends: np.ndarray           # (distinct scores + 1,) how many trials lie at or below each threshold
+    clusters: np.ndarray  # (N,) whose weight each trial has
+    units: np.ndarray  # (N,) 1 if real, FAKE_UNIT if fake
+    ends: np.ndarray  # (distinct scores + 1,) how many trials lie at or below each threshold
 
 
 def _stratify(is_real: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +144,9 @@ def _stratify(is_real: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np
 def _rank(scores: np.ndarray, is_real: np.ndarray, clusters: np.ndarray) -> _Ranking:
     order = np.argsort(scores, kind="stable")
     ends = np.flatnonzero(np.diff(scores[order], append=np.inf)) + 1
-    return _Ranking(clusters[order], np.where(is_real[order], 1, FAKE_UNIT), np.concatenate([[0], ends]))
+    return _Ranking(
+        clusters[order], np.where(is_real[order], 1, FAKE_UNIT), np.concatenate([[0], ends])
+    )
 
 
 def _draw(rng: np.random.Generator, strata: np.ndarray, rows: int) -> np.ndarray:
@@ -148,7 +162,9 @@ def _cumulate(weights: np.ndarray, ranking: _Ranking) -> np.ndarray:
     """(rows, N + 1): the weight of the lowest 0, 1, .. N trials, real and fake packed into one number."""
     counts = np.empty((len(weights), len(ranking.clusters) + 1), dtype=np.int64)
     counts[:, 0] = 0
-    np.take(weights, ranking.clusters, axis=1, out=counts[:, 1:], mode="clip")         # any other mode takes a copy first
+    np.take(
+        weights, ranking.clusters, axis=1, out=counts[:, 1:], mode="clip"
+    )  # any other mode takes a copy first
     counts[:, 1:] *= ranking.units
     return np.cumsum(counts, axis=1, out=counts)
 
@@ -183,7 +199,9 @@ def _eers(counts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         return real * n_fake + fake * n_real - both
 
     after = _first(counts, ends, lambda real, fake: excess(real, fake) >= 0)
-    real, fake = _unpack(np.take_along_axis(counts, ends[np.concatenate([after - 1, after], axis=1)], axis=1))
+    real, fake = _unpack(
+        np.take_along_axis(counts, ends[np.concatenate([after - 1, after], axis=1)], axis=1)
+    )
     distance = np.abs(excess(real, fake))
     eers = (real / n_real + (n_fake - fake) / n_fake) / 2
     return np.where(distance[:, 0] <= distance[:, 1], eers[:, 0], eers[:, 1])

@@ -2,6 +2,7 @@
 
 Each function returns a matplotlib Figure; save() writes it, vector or bitmap, by the file's extension.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from runtime.files import replacing
 
 EXTENSIONS = (".png", ".pdf", ".svg")
 TICKS = (0.0001, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
-MOST_COLUMNS = 3           # of panels
-LEAST_IN_BIN = 10          # trials, for a point of a reliability diagram
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"               # told apart by the colour-blind too
+MOST_COLUMNS = 3  # of panels
+LEAST_IN_BIN = 10  # trials, for a point of a reliability diagram
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by the colour-blind too
 MARKERS = "osD^vP*X<>hp"
 
 probit = np.vectorize(NormalDist().inv_cdf, otypes=[float])
@@ -35,20 +36,31 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write the figure, whole or not at all. Raises InputError for an extension not in EXTENSIONS."""
     path = Path(path)
     check_extension(path)
-    metadata = {".png": None, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[path.suffix.lower()]
-    with matplotlib.rc_context({"svg.hashsalt": "det", "pdf.fonttype": 42}), replacing(path, "wb") as file:
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=200, metadata=metadata, bbox_inches="tight")
+    metadata = {".png": None, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[
+        path.suffix.lower()
+    ]
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "det", "pdf.fonttype": 42}),
+        replacing(path, "wb") as file,
+    ):
+        figure.savefig(
+            file, format=path.suffix[1:].lower(), dpi=200, metadata=metadata, bbox_inches="tight"
+        )
 
 
 def check_extension(path: str | Path) -> None:
     if Path(path).suffix.lower() not in EXTENSIONS:
-        raise InputError(f"{path}: expected a plot file ending in {', '.join(EXTENSIONS)}, got {Path(path).suffix or 'no extension'!r}")
+        raise InputError(
+            f"{path}: expected a plot file ending in {', '.join(EXTENSIONS)}, got {Path(path).suffix or 'no extension'!r}"
+        )
 
 
 # ── DET curves ───────────────────────────────────────────────────────────────────────────────────
 
 
-def det_plot(results: Sequence[Result], bands: dict[tuple[str, str], tuple[np.ndarray, ...]] | None = None) -> Figure:
+def det_plot(
+    results: Sequence[Result], bands: dict[tuple[str, str], tuple[np.ndarray, ...]] | None = None
+) -> Figure:
     """DET curves on probit axes, a panel a model and a curve a subset; the EERs are marked.
 
     Args:
@@ -63,13 +75,19 @@ def det_plot(results: Sequence[Result], bands: dict[tuple[str, str], tuple[np.nd
     for axes, name in zip(panels, names):
         _probit_axes(axes, low)
         for result in (result for result in results if result.model == name):
-            _draw_det(axes, result, colours[result.subset], low, (bands or {}).get((name, result.subset)))
+            _draw_det(
+                axes, result, colours[result.subset], low, (bands or {}).get((name, result.subset))
+            )
         axes.set_title(printable(name))
-        axes.legend(title="subset: EER", fontsize=8, title_fontsize=8, loc="upper right", framealpha=0.9)
+        axes.legend(
+            title="subset: EER", fontsize=8, title_fontsize=8, loc="upper right", framealpha=0.9
+        )
     return figure
 
 
-def det_bands(results: Sequence[Result], n_resamples: int = 200, seed: int = 0) -> dict[tuple[str, str], tuple[np.ndarray, ...]]:
+def det_bands(
+    results: Sequence[Result], n_resamples: int = 200, seed: int = 0
+) -> dict[tuple[str, str], tuple[np.ndarray, ...]]:
     """Bootstrap intervals of the FRR along each DET curve, for det_plot()."""
     bands, tails = {}, [(1 - bootstrap.COVERAGE) / 2, (1 + bootstrap.COVERAGE) / 2]
     for result in (result for result in results if result.point):
@@ -81,14 +99,27 @@ def det_bands(results: Sequence[Result], n_resamples: int = 200, seed: int = 0) 
     return bands
 
 
-def _draw_det(axes: Axes, result: Result, colour: object, low: float, band: tuple[np.ndarray, ...] | None) -> None:
+def _draw_det(
+    axes: Axes, result: Result, colour: object, low: float, band: tuple[np.ndarray, ...] | None
+) -> None:
     frr, far, _ = compute_det_curve(result.real, result.fake)
     x, y = (probit(np.clip(rate, low, 1 - low)) for rate in (far, frr))
     moves = np.any(np.diff(np.round(np.stack([x, y]) * 1000)), axis=0)
-    seen = np.append(True, moves) | np.append(moves, True)         # drop what cannot be seen: small vector files
-    axes.plot(x[seen], y[seen], drawstyle="steps-pre", color=colour, linewidth=1.3, label=f"{result.subset}: {result.eer:.3f} %")
+    seen = np.append(True, moves) | np.append(
+        moves, True
+    )  # drop what cannot be seen: small vector files
+    axes.plot(
+        x[seen],
+        y[seen],
+        drawstyle="steps-pre",
+        color=colour,
+        linewidth=1.3,
+        label=f"{result.subset}: {result.eer:.3f} %",
+    )
     eer = probit(np.clip(result.point.eer, low, 1 - low))
-    axes.plot(eer, eer, "o", color=colour, markeredgecolor="white", markersize=6, clip_on=False, zorder=3)
+    axes.plot(
+        eer, eer, "o", color=colour, markeredgecolor="white", markersize=6, clip_on=False, zorder=3
+    )
     if band is not None:
         far, lowest, highest = (probit(np.clip(rate, low, 1 - low)) for rate in band)
         axes.fill_between(far, lowest, highest, color=colour, alpha=0.15, linewidth=0)
@@ -104,7 +135,13 @@ def _probit_axes(axes: Axes, low: float) -> None:
     ticks = [tick for tick in TICKS if low < tick < 1 - low]
     limits = probit([low, 0.995 if low < 0.005 else 1 - low])
     labels = [f"{100 * tick:g}" for tick in ticks]
-    axes.set(xlim=limits, ylim=limits, xlabel="false acceptance rate (%)", ylabel="false rejection rate (%)", aspect="equal")
+    axes.set(
+        xlim=limits,
+        ylim=limits,
+        xlabel="false acceptance rate (%)",
+        ylabel="false rejection rate (%)",
+        aspect="equal",
+    )
     axes.set_xticks(probit(ticks), labels, fontsize=8)
     axes.set_yticks(probit(ticks), labels, fontsize=8)
     axes.grid(linewidth=0.4, alpha=0.5)
@@ -129,12 +166,16 @@ def histograms(results: Sequence[Result], columns: int = MOST_COLUMNS) -> Figure
     probabilities = eval_metrics.holds_probabilities([result.trials for result in results])
     figure, panels = _panels(len(results), width=3.4, height=2.5, columns=columns)
     for axes, result in zip(panels, results):
-        real, fake, threshold = (eval_metrics.as_llrs(scores, probabilities)[0]
-                                 for scores in (result.real, result.fake, np.array([result.point.threshold])))
+        real, fake, threshold = (
+            eval_metrics.as_llrs(scores, probabilities)[0]
+            for scores in (result.real, result.fake, np.array([result.point.threshold]))
+        )
         bins = np.histogram_bin_edges(np.concatenate([real, fake]), bins=60)
         for scores, name, colour in ((real, "real", BLUE), (fake, "fake", ORANGE)):
             axes.hist(scores, bins, density=True, label=name, color=colour, alpha=0.55)
-        axes.axvline(threshold[0], color="black", linewidth=1, linestyle="--", label="EER threshold")
+        axes.axvline(
+            threshold[0], color="black", linewidth=1, linestyle="--", label="EER threshold"
+        )
         axes.set_title(f"{result.subset}: EER {result.eer:.3f} %", fontsize=9)
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
@@ -154,20 +195,35 @@ def eer_bars(results: Sequence[Result]) -> Figure:
     for i, model in enumerate(models):
         own = [result for result in results if result.model == model]
         x = [subsets.index(result.subset) + (i + 0.5) * width - 0.4 for result in own]
-        axes.bar(x, [result.eer for result in own], width * 0.92, color=colours[model], label=printable(model), alpha=0.8)
+        axes.bar(
+            x,
+            [result.eer for result in own],
+            width * 0.92,
+            color=colours[model],
+            label=printable(model),
+            alpha=0.8,
+        )
         for at, result in zip(x, own):
             if result.interval:
-                axes.vlines(at, result.interval.low, result.interval.high, color="black", linewidth=1)
+                axes.vlines(
+                    at, result.interval.low, result.interval.high, color="black", linewidth=1
+                )
     axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
     axes.set_xticks(range(len(subsets)), subsets)
-    top = max([1.0, *(result.interval.high if result.interval else result.eer for result in results)])
-    axes.set_yticks([tick for tick in (0, 0.1, 0.5, 2, 5, 10, 20, 30, 40, 50, 60, 80, 100) if tick <= 1.1 * top])
+    top = max(
+        [1.0, *(result.interval.high if result.interval else result.eer for result in results)]
+    )
+    axes.set_yticks(
+        [tick for tick in (0, 0.1, 0.5, 2, 5, 10, 20, 30, 40, 50, 60, 80, 100) if tick <= 1.1 * top]
+    )
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set(ylim=(0, 1.1 * top), ylabel="EER (%), 95 % interval")
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     axes.set_axisbelow(True)
     if models:
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        axes.legend(
+            fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False
+        )
     return figure
 
 
@@ -185,25 +241,52 @@ def reliability_plot(results: Sequence[Result]) -> Figure:
         probabilities = eval_metrics.holds_probabilities([result.trials for result in own])
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle=":")
         for i, result in enumerate(own):
-            real, fake = (eval_metrics.as_llrs(scores, probabilities)[0] for scores in (result.real, result.fake))
+            real, fake = (
+                eval_metrics.as_llrs(scores, probabilities)[0]
+                for scores in (result.real, result.fake)
+            )
             bins = eval_metrics.reliability(real, fake)
             enough = bins.count >= LEAST_IN_BIN
-            axes.plot(bins.said[enough], bins.found[enough], marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1,
-                      color=colours[result.subset], label=result.subset)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=printable(model),
-                 xlabel="probability of being real, as said", ylabel="share of real trials, as found")
+            axes.plot(
+                bins.said[enough],
+                bins.found[enough],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1,
+                color=colours[result.subset],
+                label=result.subset,
+            )
+        axes.set(
+            xlim=(-0.02, 1.02),
+            ylim=(-0.02, 1.02),
+            aspect="equal",
+            title=printable(model),
+            xlabel="probability of being real, as said",
+            ylabel="share of real trials, as found",
+        )
         axes.grid(linewidth=0.4, alpha=0.5)
     _shared_legend(figure, panels)
     return figure
 
 
 def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())
+    }
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6, fontsize=8, frameon=False)
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside upper center",
+            ncols=6,
+            fontsize=8,
+            frameon=False,
+        )
 
 
-def _panels(number: int, width: float, height: float, columns: int = MOST_COLUMNS) -> tuple[Figure, list[Axes]]:
+def _panels(
+    number: int, width: float, height: float, columns: int = MOST_COLUMNS
+) -> tuple[Figure, list[Axes]]:
     """A figure (inches a panel) that needs no display, and its panels."""
     columns = max(1, min(columns, number))
     rows = max(1, -(-number // columns))

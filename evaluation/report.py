@@ -1,4 +1,5 @@
 """One self-contained HTML page of an evaluation: tables, figures and where they come from."""
+
 from __future__ import annotations
 
 import base64
@@ -6,7 +7,7 @@ import io
 import platform
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 
@@ -34,8 +35,13 @@ code, .sha td { font-family: ui-monospace, monospace; font-size: .8rem; overflow
 """
 
 
-def write_report(folder: str | Path, tables: Sequence[Table], figures: Sequence[tuple[str, Figure]], results: Sequence[Result],
-                 command: str) -> Path:
+def write_report(
+    folder: str | Path,
+    tables: Sequence[Table],
+    figures: Sequence[tuple[str, Figure]],
+    results: Sequence[Result],
+    command: str,
+) -> Path:
     """Write DIR/index.html, whole or not at all, and return its path.
 
     Args:
@@ -51,15 +57,37 @@ def write_report(folder: str | Path, tables: Sequence[Table], figures: Sequence[
     return path
 
 
-def _page(tables: Sequence[Table], figures: Sequence[tuple[str, Figure]], results: Sequence[Result], command: str) -> str:
+def _page(
+    tables: Sequence[Table],
+    figures: Sequence[tuple[str, Figure]],
+    results: Sequence[Result],
+    command: str,
+) -> str:
     models = ", ".join(dict.fromkeys(result.model for result in results))
-    return "\n".join([
-        '<!DOCTYPE html>', '<html lang="en">', '<head>', '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<title>Audio deepfake detection: evaluation</title>', f'<style>{STYLE}</style>', '</head>', '<body>',
-        '<h1>Audio deepfake detection: evaluation</h1>', f'<p class="lead">{_text(models)}</p>',
-        *map(_table, tables), '<h2>Figures</h2>', '<div class="figures">', *(_figure(*captioned) for captioned in figures), '</div>',
-        _provenance(results, command), '</body>', '</html>', ''])
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            "<title>Audio deepfake detection: evaluation</title>",
+            f"<style>{STYLE}</style>",
+            "</head>",
+            "<body>",
+            "<h1>Audio deepfake detection: evaluation</h1>",
+            f'<p class="lead">{_text(models)}</p>',
+            *map(_table, tables),
+            "<h2>Figures</h2>",
+            '<div class="figures">',
+            *(_figure(*captioned) for captioned in figures),
+            "</div>",
+            _provenance(results, command),
+            "</body>",
+            "</html>",
+            "",
+        ]
+    )
 
 
 def _text(text: str) -> str:
@@ -70,12 +98,21 @@ def _table(table: Table) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
         kinds = [' class="name"' if table.is_left(i) else "" for i in range(len(cells))]
         scope = ' scope="col"' if tag == "th" else ""
-        return "<tr>" + "".join(f"<{tag}{scope}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(cells, kinds)) + "</tr>"
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{scope}{kind}>{_text(cell)}</{tag}>" for cell, kind in zip(cells, kinds)
+            )
+            + "</tr>"
+        )
 
     body = "\n".join(row(cells, "td") for cells in table.rows)
     notes = "".join(f"<li>{_text(note)}</li>" for note in table.notes)
-    return (f'<h2>{_text(table.title)}</h2>\n<div class="wide"><table>\n<thead>{row(table.columns, "th")}</thead>\n'
-            f'<tbody>\n{body}\n</tbody>\n</table></div>\n' + (f'<ul class="notes">{notes}</ul>' if notes else ""))
+    return (
+        f'<h2>{_text(table.title)}</h2>\n<div class="wide"><table>\n<thead>{row(table.columns, "th")}</thead>\n'
+        f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
+        + (f'<ul class="notes">{notes}</ul>' if notes else "")
+    )
 
 
 def _figure(caption: str, figure: Figure) -> str:
@@ -83,18 +120,24 @@ def _figure(caption: str, figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "report"}):
         figure.savefig(image, format="svg", metadata={"Date": None}, bbox_inches="tight")
     data = base64.b64encode(image.getvalue()).decode()
-    return (f'<figure><img alt="{_text(caption)}" src="data:image/svg+xml;base64,{data}">'
-            f'<figcaption>{_text(caption)}</figcaption></figure>')
+    return (
+        f'<figure><img alt="{_text(caption)}" src="data:image/svg+xml;base64,{data}">'
+        f"<figcaption>{_text(caption)}</figcaption></figure>"
+    )
 
 
 def _provenance(results: Sequence[Result], command: str) -> str:
-    rows = "\n".join(f"<tr><td>{_text(str(result.file))}</td><td>{len(result.trials.names)}</td><td>{sha256(result.file)}</td></tr>"
-                     for result in results)
-    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    rows = "\n".join(
+        f"<tr><td>{_text(str(result.file))}</td><td>{len(result.trials.names)}</td><td>{sha256(result.file)}</td></tr>"
+        for result in results
+    )
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, matplotlib {matplotlib.__version__}"
     if sklearn := sys.modules.get("sklearn"):
         versions += f", scikit-learn {sklearn.__version__}"
-    return (f'<h2>Provenance</h2>\n<dl><dt>Command</dt><dd><code>{_text(command)}</code></dd><dt>Made</dt><dd>{made}</dd>'
-            f'<dt>Versions</dt><dd>{versions}</dd></dl>\n<div class="wide"><table class="sha">\n<thead><tr>'
-            '<th scope="col" class="name">score file</th><th scope="col" class="name">rows</th>'
-            f'<th scope="col" class="name">SHA-256</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>')
+    return (
+        f"<h2>Provenance</h2>\n<dl><dt>Command</dt><dd><code>{_text(command)}</code></dd><dt>Made</dt><dd>{made}</dd>"
+        f'<dt>Versions</dt><dd>{versions}</dd></dl>\n<div class="wide"><table class="sha">\n<thead><tr>'
+        '<th scope="col" class="name">score file</th><th scope="col" class="name">rows</th>'
+        f'<th scope="col" class="name">SHA-256</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+    )

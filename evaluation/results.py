@@ -1,4 +1,5 @@
 """From folders of score files to one result for each model and subset."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,15 +16,15 @@ from formats import score_files
 from formats.score_files import Scores
 from runtime.cli import InputError
 
-TASKS = {                  # task -> its subsets, as score files name them
+TASKS = {  # task -> its subsets, as score files name them
     "19LA": ("19LA",),
     "ITW": ("ITW",),
     "codecfake": ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "A1", "A2", "A3"),
 }
 SUBSETS = tuple(subset for subsets in TASKS.values() for subset in subsets)
-ALIASES = {"L1": "A1", "L2": "A2", "L3": "A3", "IWA": "ITW"}       # names in the published results
+ALIASES = {"L1": "A1", "L2": "A2", "L3": "A3", "IWA": "ITW"}  # names in the published results
 
-AVERAGED = {               # the paper's averages and what they are the mean of
+AVERAGED = {  # the paper's averages and what they are the mean of
     "CAVG": ("C1", "C2", "C3", "C4", "C5", "C6", "C7"),
     "AVG": ("19LA", "ITW", "C1", "C2", "C3", "C4", "C5", "C6", "C7"),
 }
@@ -36,7 +37,7 @@ class Model:
 
     name: str
     folder: Path
-    files: dict[str, Path]     # subset -> score file, in the order of SUBSETS
+    files: dict[str, Path]  # subset -> score file, in the order of SUBSETS
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Interval:
 
     low: float
     high: float
-    unit: str                  # what was resampled: "source utterance" or "trial"
+    unit: str  # what was resampled: "source utterance" or "trial"
     n_resamples: int
     seed: int
-    rule_of_three: bool        # no error was seen: `high` is 3 / n, not the bootstrap's
+    rule_of_three: bool  # no error was seen: `high` is 3 / n, not the bootstrap's
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Result:
     subset: str
     file: Path
     trials: Scores
-    point: OperatingPoint | None       # where the EER is; None where there is none
+    point: OperatingPoint | None  # where the EER is; None where there is none
     interval: Interval | None
-    note: str | None           # why there is no EER
-    extra: dict[str, object] = field(default_factory=dict)     # what further analyses found, for JSON
+    note: str | None  # why there is no EER
+    extra: dict[str, object] = field(default_factory=dict)  # what further analyses found, for JSON
 
     @property
     def real(self) -> np.ndarray:
@@ -88,16 +89,29 @@ class Result:
     def record(self) -> dict[str, object]:
         """The result for JSON: no NaN in it, absent figures are None."""
         record: dict[str, object] = {
-            "model": self.model, "subset": self.subset, "n_real": len(self.real), "n_fake": len(self.fake),
-            "eer": self.eer, "eer_paper": self.eer_paper, "inverted": self.inverted,
-            "threshold": self.point and self.point.threshold, "file": str(self.file),
+            "model": self.model,
+            "subset": self.subset,
+            "n_real": len(self.real),
+            "n_fake": len(self.fake),
+            "eer": self.eer,
+            "eer_paper": self.eer_paper,
+            "inverted": self.inverted,
+            "threshold": self.point and self.point.threshold,
+            "file": str(self.file),
         }
         if self.point:
-            record |= {"false_rejections": self.point.false_rejections, "false_acceptances": self.point.false_acceptances}
+            record |= {
+                "false_rejections": self.point.false_rejections,
+                "false_acceptances": self.point.false_acceptances,
+            }
         if self.interval:
-            record |= {"interval": [self.interval.low, self.interval.high], "resampled_by": self.interval.unit,
-                       "n_resamples": self.interval.n_resamples, "seed": self.interval.seed,
-                       "interval_by": "rule of three" if self.interval.rule_of_three else "bootstrap"}
+            record |= {
+                "interval": [self.interval.low, self.interval.high],
+                "resampled_by": self.interval.unit,
+                "n_resamples": self.interval.n_resamples,
+                "seed": self.interval.seed,
+                "interval_by": "rule of three" if self.interval.rule_of_three else "bootstrap",
+            }
         if self.note:
             record["note"] = self.note
         return record | self.extra
@@ -115,13 +129,21 @@ def find_models(folders: Iterable[str | Path], subsets: Sequence[str] = SUBSETS)
     models = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
-                             "run `python generate_score.py` first, or name another folder with --result_folder")
+            raise InputError(
+                f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
+                "run `python generate_score.py` first, or name another folder with --result_folder"
+            )
         places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        found = [Model(place.resolve().name, place, files) for place in places if (files := _score_files(place, subsets))]
+        found = [
+            Model(place.resolve().name, place, files)
+            for place in places
+            if (files := _score_files(place, subsets))
+        ]
         if not found:
-            raise InputError(f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; expected names "
-                             f"such as {subsets[0]}_result.txt; run `python generate_score.py` first, or name another folder with --result_folder")
+            raise InputError(
+                f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; expected names "
+                f"such as {subsets[0]}_result.txt; run `python generate_score.py` first, or name another folder with --result_folder"
+            )
         models += found
     return _distinctly_named(models)
 
@@ -134,7 +156,9 @@ def _score_files(folder: Path, subsets: Sequence[str]) -> dict[str, Path]:
         if subset not in subsets:
             continue
         if subset in files:
-            raise InputError(f"{folder}: both {files[subset].name} and {path.name} are scores of {subset}; keep one of them")
+            raise InputError(
+                f"{folder}: both {files[subset].name} and {path.name} are scores of {subset}; keep one of them"
+            )
         files[subset] = path
     return {subset: files[subset] for subset in SUBSETS if subset in files}
 
@@ -143,7 +167,12 @@ def _distinctly_named(models: list[Model]) -> list[Model]:
     """Folders of one name are told apart by their paths; a folder given twice counts once."""
     unique = list({model.folder.resolve(): model for model in models}.values())
     names = [model.name for model in unique]
-    return [model if names.count(model.name) == 1 else Model(str(model.folder), model.folder, model.files) for model in unique]
+    return [
+        model
+        if names.count(model.name) == 1
+        else Model(str(model.folder), model.folder, model.files)
+        for model in unique
+    ]
 
 
 # ── Evaluating ───────────────────────────────────────────────────────────────────────────────────
@@ -153,7 +182,9 @@ def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int =
     """A result for each of the model's score files. Without resamples there are no intervals."""
     results, checksums = [], score_files.read_checksums(model.folder)
     for subset, path in model.files.items():
-        result = evaluate_trials(model.name, subset, path, score_files.read_scores(path), n_resamples, seed)
+        result = evaluate_trials(
+            model.name, subset, path, score_files.read_scores(path), n_resamples, seed
+        )
         if not score_files.is_unchanged(path, checksums):
             result.extra["changed"] = True
         if n_missing := _count_missing(path, subset):
@@ -168,7 +199,9 @@ def _count_missing(path: Path, subset: str) -> int:
     return beside.read_bytes().count(b"\n") if beside.is_file() else 0
 
 
-def evaluate_trials(model: str, subset: str, file: Path, trials: Scores, n_resamples: int, seed: int) -> Result:
+def evaluate_trials(
+    model: str, subset: str, file: Path, trials: Scores, n_resamples: int, seed: int
+) -> Result:
     """The result of one model on the given trials of one subset."""
     n_real, n_fake = len(trials.real), len(trials.fake)
     if not n_real or not n_fake:
@@ -178,13 +211,24 @@ def evaluate_trials(model: str, subset: str, file: Path, trials: Scores, n_resam
     return Result(model, subset, file, trials, point, interval, None)
 
 
-def estimate_interval(trials: Scores, subset: str, point: OperatingPoint, n_resamples: int, seed: int) -> Interval:
+def estimate_interval(
+    trials: Scores, subset: str, point: OperatingPoint, n_resamples: int, seed: int
+) -> Interval:
     """Bootstrap interval of the EER; where nothing went wrong, up to the rule of three's bound."""
     clusters, unit = bootstrap.find_clusters(trials.names, subset)
     if not point.false_rejections and not point.false_acceptances:
         fewest = min(np.sum(trials.is_real), np.sum(~trials.is_real))
-        return Interval(0.0, 100 * eval_metrics.rule_of_three(int(fewest)), unit, n_resamples, seed, rule_of_three=True)
-    eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)[:, 0]
+        return Interval(
+            0.0,
+            100 * eval_metrics.rule_of_three(int(fewest)),
+            unit,
+            n_resamples,
+            seed,
+            rule_of_three=True,
+        )
+    eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)[
+        :, 0
+    ]
     low, high = bootstrap.interval(eers)
     return Interval(100 * low, 100 * high, unit, n_resamples, seed, rule_of_three=False)
 

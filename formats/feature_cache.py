@@ -21,6 +21,7 @@ equal size keep two, and hidden states have outlying dimensions that leave the o
     mel, 720 clips, released Mel-LCNN      log-likelihood ratios move by at most 0.12, no subset's EER does
     mel, 40 of them, largest move of a logit: square root 0.023; equal steps 1.1, cube root 0.032, mu-law 0.033, float8 0.11
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -44,9 +45,9 @@ from runtime import cli, files
 from runtime.cli import InputError
 
 FORMAT = "codecfake-cache-1"
-ROWS_PER_SHARD = 4_096     # 1.7 GB of float16 XLS-R features: 181 files for Codecfake's training set
+ROWS_PER_SHARD = 4_096  # 1.7 GB of float16 XLS-R features: 181 files for Codecfake's training set
 DTYPES = ("float16", "float32", "sqrt8")
-SQRT_STEPS = 127           # sqrt8: codes run from -127 to 127
+SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
 
@@ -56,7 +57,9 @@ _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
 
 def _guard(rows: np.ndarray, crc: np.ndarray, state: int) -> np.ndarray:
     """A word that only this row with this checksum and state has, so that no flipped bit in the index goes unseen."""
-    mixed = (rows.astype(np.uint64) * 0x9E3779B1 ^ crc.astype(np.uint64)) * 0x85EBCA6B + _GUARD_BASE[state]
+    mixed = (
+        rows.astype(np.uint64) * 0x9E3779B1 ^ crc.astype(np.uint64)
+    ) * 0x85EBCA6B + _GUARD_BASE[state]
     return (mixed & 0xFFFFFFFF).astype(np.uint32)
 
 
@@ -73,7 +76,14 @@ def _states(index: np.ndarray) -> np.ndarray:
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
     """The header numpy would write, so that each file of the cache can be opened with numpy.load."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        header,
+        {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        },
+    )
     return header.getvalue()
 
 
@@ -100,7 +110,9 @@ def encode(features: np.ndarray, dtype: str) -> np.ndarray:
     rows = np.empty(len(features), row_type(dtype, features.shape[1:]))
     size = np.abs(features)
     peak = size.max(axis=2)
-    rows["scale"] = peak / np.float32(SQRT_STEPS**2) * np.float32(1 - 2**-23)       # rounded down: no peak decodes to infinity
+    rows["scale"] = (
+        peak / np.float32(SQRT_STEPS**2) * np.float32(1 - 2**-23)
+    )  # rounded down: no peak decodes to infinity
     with np.errstate(invalid="ignore"):
         size /= np.where(peak > 0, peak, 1)[..., None]
         np.sqrt(size, out=size)
@@ -118,7 +130,9 @@ def decode(rows: np.ndarray) -> Tensor:
     if rows.dtype.names is None:
         return torch.from_numpy(rows)
     features = np.empty(rows["code"].shape, np.float32)
-    for code, scale, out in zip(rows["code"], rows["scale"], features):       # a clip at a time stays in the processor's cache
+    for code, scale, out in zip(
+        rows["code"], rows["scale"], features
+    ):  # a clip at a time stays in the processor's cache
         np.multiply(np.multiply(code, np.abs(code), dtype=np.int16), scale[:, None], out=out)
     return torch.from_numpy(features)
 
@@ -163,8 +177,10 @@ class _Layout:
 
     def locate(self, row: int, flags: int) -> tuple[int, int]:
         """(file descriptor, byte offset) of a row; opens and checks its shard at the first touch."""
-        shard, position = divmod(int(row), self.rows_per_shard)      # a numpy integer would show in the header
-        with self._opening:            # reading threads share the descriptors
+        shard, position = divmod(
+            int(row), self.rows_per_shard
+        )  # a numpy integer would show in the header
+        with self._opening:  # reading threads share the descriptors
             if shard not in self._open:
                 self._open[shard] = self._open_shard(shard, flags)
         return self._open[shard], self.header_bytes + position * self.row_bytes
@@ -175,10 +191,13 @@ class _Layout:
             descriptor = os.open(path, flags)
         except FileNotFoundError:
             raise InputError(f"{path}: missing; {_REPAIR}") from None
-        if os.fstat(descriptor).st_size != self.shard_size(shard) or \
-                os.pread(descriptor, self.header_bytes, 0) != self.header(shard):
+        if os.fstat(descriptor).st_size != self.shard_size(shard) or os.pread(
+            descriptor, self.header_bytes, 0
+        ) != self.header(shard):
             os.close(descriptor)
-            raise InputError(f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}")
+            raise InputError(
+                f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}"
+            )
         return descriptor
 
     def close(self) -> None:
@@ -202,11 +221,18 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     try:
         meta = json.loads(path.read_bytes())
-        if meta["format"] != FORMAT or meta["crc32"] != _sealed(meta) or meta["dtype"] not in DTYPES or \
-                min(meta[size] for size in ("rows", "frames", "dim", "rows_per_shard")) < 1 or not isinstance(meta["front_end"], dict):
+        if (
+            meta["format"] != FORMAT
+            or meta["crc32"] != _sealed(meta)
+            or meta["dtype"] not in DTYPES
+            or min(meta[size] for size in ("rows", "frames", "dim", "rows_per_shard")) < 1
+            or not isinstance(meta["front_end"], dict)
+        ):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the folder away") from None
+        raise InputError(
+            f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the folder away"
+        ) from None
     return meta
 
 
@@ -216,8 +242,10 @@ def _read_index(folder: Path, rows: int) -> np.ndarray:
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: missing; {_REPAIR}") from None
-    if len(data) != len(header) + rows * 8 or data[:len(header)] != header:
-        raise InputError(f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}")
+    if len(data) != len(header) + rows * 8 or data[: len(header)] != header:
+        raise InputError(
+            f"{path}: damaged, its size or header is not what cache.json says; {_REPAIR}"
+        )
     return np.frombuffer(data, np.uint32, offset=len(header)).reshape(rows, 2).copy()
 
 
@@ -238,13 +266,28 @@ class CacheWriter:
         InputError: the folder holds something else, or a cache made with something else.
     """
 
-    def __init__(self, folder: str | Path, trials: Sequence[Trial], front_end: dict[str, Any], shape: tuple[int, int],
-                 dtype: str = "float16", about: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        trials: Sequence[Trial],
+        front_end: dict[str, Any],
+        shape: tuple[int, int],
+        dtype: str = "float16",
+        about: dict[str, Any] | None = None,
+    ):
         self.folder, self.trials = Path(folder), trials
         text = _trials_text(trials)
-        meta = {"format": FORMAT, "rows": len(trials), "frames": shape[0], "dim": shape[1], "dtype": dtype,
-                "rows_per_shard": ROWS_PER_SHARD, "front_end": front_end,
-                "protocol_sha256": hashlib.sha256(text).hexdigest(), "about": about or {}}
+        meta = {
+            "format": FORMAT,
+            "rows": len(trials),
+            "frames": shape[0],
+            "dim": shape[1],
+            "dtype": dtype,
+            "rows_per_shard": ROWS_PER_SHARD,
+            "front_end": front_end,
+            "protocol_sha256": hashlib.sha256(text).hexdigest(),
+            "about": about or {},
+        }
         if (self.folder / "cache.json").exists():
             _refuse_other(self.folder, _read_meta(self.folder), meta)
         else:
@@ -252,7 +295,9 @@ class CacheWriter:
         self.layout = _Layout(self.folder, _read_meta(self.folder))
         self._index = os.open(self.folder / "index.npy", os.O_RDWR)
         self._index_header = len(_npy_header((len(trials), 2), np.uint32))
-        self._unmarked: dict[int, int] = {}            # row -> CRC-32 of bytes that may not be on the disk yet
+        self._unmarked: dict[
+            int, int
+        ] = {}  # row -> CRC-32 of bytes that may not be on the disk yet
 
     def states(self) -> np.ndarray:
         """(N,) NOT_YET, DONE, FAILED or DAMAGED (the index entry itself)."""
@@ -268,10 +313,14 @@ class CacheWriter:
         as_bytes = stored.view(np.uint8).reshape(len(stored), self.layout.row_bytes)
         for row, data, finite, original in zip(rows, as_bytes, _finite(stored), features):
             if not finite:
-                raise InputError(f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, which "
-                                 f"{self.layout.dtype} cannot hold; give --dtype float32, or check the file")
+                raise InputError(
+                    f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, which "
+                    f"{self.layout.dtype} cannot hold; give --dtype float32, or check the file"
+                )
             descriptor, offset = self.layout.locate(row, os.O_RDWR)
-            _write_all(descriptor, data, offset, self.layout.shard_path(row // self.layout.rows_per_shard))
+            _write_all(
+                descriptor, data, offset, self.layout.shard_path(row // self.layout.rows_per_shard)
+            )
             self._unmarked[row] = zlib.crc32(data)
 
     def unmarked(self) -> int:
@@ -303,7 +352,10 @@ class CacheWriter:
             path.unlink(missing_ok=True)
             return
         with files.replacing(path) as file:
-            file.writelines(f"{self.trials[row].name}\t{cli.printable(reason)}\n" for row, reason in sorted(reasons.items()))
+            file.writelines(
+                f"{self.trials[row].name}\t{cli.printable(reason)}\n"
+                for row, reason in sorted(reasons.items())
+            )
 
     def close(self) -> None:
         self.flush()
@@ -314,8 +366,12 @@ class CacheWriter:
         runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
         for run in runs:
             if len(run):
-                _write_all(self._index, np.ascontiguousarray(entries[run]), self._index_header + int(rows[run[0]]) * 8,
-                           self.folder / "index.npy")
+                _write_all(
+                    self._index,
+                    np.ascontiguousarray(entries[run]),
+                    self._index_header + int(rows[run[0]]) * 8,
+                    self.folder / "index.npy",
+                )
         os.fdatasync(self._index)
 
 
@@ -333,16 +389,28 @@ def _write_all(descriptor: int, array: np.ndarray, offset: int, path: Path) -> N
 def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     """Lay the files out, empty; cache.json comes last, so that a folder that has it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = [name for name in sorted(os.listdir(folder))
-               if not re.fullmatch(r"\.lock|trials\.tsv|index\.npy|failed\.txt|features_\d{5}\.npy|.+\.part", name)]
+    foreign = [
+        name
+        for name in sorted(os.listdir(folder))
+        if not re.fullmatch(
+            r"\.lock|trials\.tsv|index\.npy|failed\.txt|features_\d{5}\.npy|.+\.part", name
+        )
+    ]
     if foreign:
-        raise InputError(f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a folder of the "
-                         "reference's .pt files can be trained as it is, a new cache needs a folder of its own (-f)")
+        raise InputError(
+            f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a folder of the "
+            "reference's .pt files can be trained as it is, a new cache needs a folder of its own (-f)"
+        )
     layout = _Layout(folder, meta)
-    needed, free = layout.rows * layout.row_bytes, os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    needed, free = (
+        layout.rows * layout.row_bytes,
+        os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize,
+    )
     if needed > free:
-        raise InputError(f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
-                         "space or choose another disk with -f")
+        raise InputError(
+            f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+            "space or choose another disk with -f"
+        )
     with files.replacing(folder / "trials.tsv", "wb") as file:
         file.write(trials_text)
     for shard in range(layout.n_shards()):
@@ -369,12 +437,19 @@ def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
     except InputError:
         (folder / "cache.json").unlink()
         return ["cache.json"]
-    wanted = {layout.shard_path(shard): (layout.header(shard), layout.shard_size(shard)) for shard in range(layout.n_shards())}
+    wanted = {
+        layout.shard_path(shard): (layout.header(shard), layout.shard_size(shard))
+        for shard in range(layout.n_shards())
+    }
     header = _npy_header((layout.rows, 2), np.uint32)
     wanted[folder / "index.npy"] = header, len(header) + layout.rows * 8
-    mended = [path.name for path, (header, size) in wanted.items() if _mend_file(path, header, size)]
+    mended = [
+        path.name for path, (header, size) in wanted.items() if _mend_file(path, header, size)
+    ]
     text, path = _trials_text(trials), folder / "trials.tsv"
-    if hashlib.sha256(text).hexdigest() == layout.meta["protocol_sha256"] and (not path.exists() or path.read_bytes() != text):
+    if hashlib.sha256(text).hexdigest() == layout.meta["protocol_sha256"] and (
+        not path.exists() or path.read_bytes() != text
+    ):
         with files.replacing(path, "wb") as file:
             file.write(text)
         mended.append(path.name)
@@ -396,9 +471,14 @@ def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -
     """Raise where an existing cache was made with something else than what is wanted now."""
     flat_found, flat_wanted = found | found["front_end"], wanted | wanted["front_end"]
     for key, value in flat_wanted.items():
-        if key not in ("front_end", "about", "rows_per_shard", "format") and flat_found.get(key) != value:
-            raise InputError(f"{folder}: holds a cache with {key} {flat_found.get(key)!r}, this run would make "
-                             f"{value!r}; choose another folder with -f, or move the old cache away")
+        if (
+            key not in ("front_end", "about", "rows_per_shard", "format")
+            and flat_found.get(key) != value
+        ):
+            raise InputError(
+                f"{folder}: holds a cache with {key} {flat_found.get(key)!r}, this run would make "
+                f"{value!r}; choose another folder with -f, or move the old cache away"
+            )
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -412,7 +492,12 @@ class FeatureCache:
         self.folder = str(folder)
         self.meta = _read_meta(self.path)
         self.layout = _Layout(self.path, self.meta)
-        self.shape, self.dtype, self.front_end, self.about = self.layout.shape, self.layout.dtype, self.meta["front_end"], self.meta["about"]
+        self.shape, self.dtype, self.front_end, self.about = (
+            self.layout.shape,
+            self.layout.dtype,
+            self.meta["front_end"],
+            self.meta["about"],
+        )
         self.index = _read_index(self.path, self.layout.rows)
         self.states = _states(self.index)
         self.all_names, self.all_labels = self._read_trials()
@@ -430,31 +515,45 @@ class FeatureCache:
         every = np.frombuffer(text, np.uint8)
         ends = every[(every == ord("\t")) | (every == ord("\n"))].tobytes()
         fields = text.decode(errors="replace").replace("\n", "\t").split("\t")
-        if hashlib.sha256(text).hexdigest() != self.meta["protocol_sha256"] or ends != b"\t\t\n" * self.layout.rows or \
-                not set(fields[1::3]) <= {str(REAL), str(FAKE)}:
-            raise InputError(f"{path}: damaged, it is not the list that cache.json was made with; {_REPAIR}")
+        if (
+            hashlib.sha256(text).hexdigest() != self.meta["protocol_sha256"]
+            or ends != b"\t\t\n" * self.layout.rows
+            or not set(fields[1::3]) <= {str(REAL), str(FAKE)}
+        ):
+            raise InputError(
+                f"{path}: damaged, it is not the list that cache.json was made with; {_REPAIR}"
+            )
         return fields[:-1:3], np.array(fields[1::3]).astype(np.int64)
 
     def require_complete(self) -> None:
         """Raise InputError while rows are not written yet or their index entries are damaged."""
-        for state, what, remedy in ((NOT_YET, "not extracted yet", ""), (DAMAGED, "damaged in index.npy", " --verify --repair")):
+        for state, what, remedy in (
+            (NOT_YET, "not extracted yet", ""),
+            (DAMAGED, "damaged in index.npy", " --verify --repair"),
+        ):
             if count := int((self.states == state).sum()):
-                raise InputError(f"{self.folder}: {count} of {len(self.states)} rows are {what}; run preprocess.py{remedy} "
-                                 "with the same options to finish it")
+                raise InputError(
+                    f"{self.folder}: {count} of {len(self.states)} rows are {what}; run preprocess.py{remedy} "
+                    "with the same options to finish it"
+                )
 
     def check_protocol(self, trials: Sequence[Trial]) -> None:
         """Raise InputError where the cache was made from another list of trials."""
         if hashlib.sha256(_trials_text(trials)).hexdigest() != self.meta["protocol_sha256"]:
-            raise InputError(f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one given "
-                             f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another folder")
+            raise InputError(
+                f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one given "
+                f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another folder"
+            )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         own = self.usable[rows]
         stored = np.empty((len(own), self.layout.row_bytes), np.uint8)
         for position in np.argsort(own, kind="stable"):
             if not self._read_row(int(own[position]), stored[position]):
-                raise InputError(f"{self.layout.shard_path(own[position] // self.layout.rows_per_shard)}: row "
-                                 f"{own[position]} ({self.all_names[own[position]]}) is damaged; {_REPAIR}")
+                raise InputError(
+                    f"{self.layout.shard_path(own[position] // self.layout.rows_per_shard)}: row "
+                    f"{own[position]} ({self.all_names[own[position]]}) is damaged; {_REPAIR}"
+                )
         as_rows = stored.view(self.layout.row.base).reshape(len(own), *self.layout.row.shape)
         return decode(as_rows), torch.from_numpy(self.labels[rows])
 
@@ -465,8 +564,12 @@ class FeatureCache:
             progress: the rows in order, wrapped by the caller in a progress bar.
         """
         buffer = np.empty(self.layout.row_bytes, np.uint8)
-        return [row for row in (range(self.layout.rows) if progress is None else progress)
-                if self.states[row] == DAMAGED or (self.states[row] == DONE and not self._read_row(row, buffer))]
+        return [
+            row
+            for row in (range(self.layout.rows) if progress is None else progress)
+            if self.states[row] == DAMAGED
+            or (self.states[row] == DONE and not self._read_row(row, buffer))
+        ]
 
     def _read_row(self, row: int, out: np.ndarray) -> bool:
         """Fill `out` with the row's bytes; False where they are not those that were written."""
@@ -478,7 +581,7 @@ class FeatureCache:
             except OSError as error:
                 error.filename = str(self.layout.shard_path(row // self.layout.rows_per_shard))
                 raise
-            if count == 0:             # cut since it was opened
+            if count == 0:  # cut since it was opened
                 return False
             data, offset = data[count:], offset + count
         return zlib.crc32(out) == self.index[row, 0]

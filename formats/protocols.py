@@ -1,4 +1,5 @@
 """Corpora as their authors release them: protocols become trials. Plain Python, without torch."""
+
 from __future__ import annotations
 
 import csv
@@ -10,24 +11,34 @@ from typing import NamedTuple
 
 from runtime.cli import InputError
 
-REAL, FAKE = 0, 1          # labels and logit columns; a score is always higher-is-real
+REAL, FAKE = 0, 1  # labels and logit columns; a score is always higher-is-real
 CODECFAKE_SUBSETS = ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "A1", "A2", "A3")
-PARTS = {"codecfake": ("train", "dev", *CODECFAKE_SUBSETS), "19LA": ("train", "dev", "eval"), "ITW": ("all",)}
-SCORED = {                 # task -> {subset as score files name it: part of the corpus}
+PARTS = {
+    "codecfake": ("train", "dev", *CODECFAKE_SUBSETS),
+    "19LA": ("train", "dev", "eval"),
+    "ITW": ("all",),
+}
+SCORED = {  # task -> {subset as score files name it: part of the corpus}
     "19LA": {"19LA": "eval"},
     "ITW": {"ITW": "all"},
     "codecfake": {subset: subset for subset in CODECFAKE_SUBSETS},
 }
-LABEL_WORDS = {"codecfake": ("real", "fake"), "19LA": ("bonafide", "spoof"), "ITW": ("bonafide", "spoof")}
+LABEL_WORDS = {
+    "codecfake": ("real", "fake"),
+    "19LA": ("bonafide", "spoof"),
+    "ITW": ("bonafide", "spoof"),
+}
 
 
-class Trial(NamedTuple):           # a million of them are read in seconds; a frozen dataclass takes three times as long
+class Trial(
+    NamedTuple
+):  # a million of them are read in seconds; a frozen dataclass takes three times as long
     """One row of a protocol."""
 
-    name: str      # as score files write it: with .wav in Codecfake, without extension elsewhere
+    name: str  # as score files write it: with .wav in Codecfake, without extension elsewhere
     path: str
-    label: int     # REAL or FAKE
-    source: str    # codec (F01..F07, L1..L3) or attack (A01..A19), "-" if real or unknown
+    label: int  # REAL or FAKE
+    source: str  # codec (F01..F07, L1..L3) or attack (A01..A19), "-" if real or unknown
 
 
 # ── Protocols ────────────────────────────────────────────────────────────────────────────────────
@@ -49,15 +60,19 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the corpus's folder with -d")
     collecting = gc.isenabled()
-    gc.disable()                       # a million new tuples would have it look through them all over and over
+    gc.disable()  # a million new tuples would have it look through them all over and over
     try:
-        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[task](root, part)
+        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[
+            task
+        ](root, part)
     finally:
         if collecting:
             gc.enable()
     if not trials:
         raise InputError(f"{protocol}: has no rows")
-    if len({trial.path for trial in trials}) < len(trials):      # the same row twice only counts twice, in training
+    if len({trial.path for trial in trials}) < len(
+        trials
+    ):  # the same row twice only counts twice, in training
         _require_one_label_each(protocol, trials)
     return trials
 
@@ -66,7 +81,9 @@ def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
     labels: dict[str, int] = {}
     for trial in trials:
         if labels.setdefault(trial.path, trial.label) != trial.label:
-            raise InputError(f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out")
+            raise InputError(
+                f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out"
+            )
 
 
 def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
@@ -78,7 +95,7 @@ def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
         folders = [root / part]
     found = [f for f in folders if f.is_dir()]
     folder = next((f for f in found if any(os.scandir(f))), (found or folders)[0])
-    folder = str(folder)               # formatting a Path a million times takes a second
+    folder = str(folder)  # formatting a Path a million times takes a second
 
     trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
     for row, fields in _rows(protocol):
@@ -87,17 +104,25 @@ def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
         name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
         label = _label(protocol, row, fields[1], words)
         if tag not in sources:
-            sources[tag] = f"F{int(tag):02d}" if tag.isascii() and tag.isdigit() else _plain_name(protocol, row, tag, "tag")
-        trials.append(Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag]))
+            sources[tag] = (
+                f"F{int(tag):02d}"
+                if tag.isascii() and tag.isdigit()
+                else _plain_name(protocol, row, tag, "tag")
+            )
+        trials.append(
+            Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag])
+        )
     return protocol, trials
 
 
 def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
     """`speaker utterance - attack key`."""
     if not (root / "ASVspoof2019_LA_cm_protocols").is_dir() and (root / "LA").is_dir():
-        root = root / "LA"             # LA.zip unpacks into a folder LA of its own
+        root = root / "LA"  # LA.zip unpacks into a folder LA of its own
     kind = "trn" if part == "train" else "trl"
-    protocol = _first_file(root, [f"ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{kind}.txt"])
+    protocol = _first_file(
+        root, [f"ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.{part}.{kind}.txt"]
+    )
     folder = str(root / f"ASVspoof2019_LA_{part}" / "flac")
 
     trials, words = [], {"bonafide": REAL, "spoof": FAKE}
@@ -121,9 +146,16 @@ def _in_the_wild(root: Path, part: str) -> tuple[Path, list[Trial]]:
     if protocol.name == "label.txt":
         for row, fields in _rows(protocol):
             if len(fields) != 5:
-                raise _bad_row(protocol, row, "five columns with the id in the 2nd and the label in the 5th", fields)
+                raise _bad_row(
+                    protocol,
+                    row,
+                    "five columns with the id in the 2nd and the label in the 5th",
+                    fields,
+                )
             name = _plain_name(protocol, row, fields[1])
-            trials.append(Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-"))
+            trials.append(
+                Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-")
+            )
         return protocol, trials
     for row, fields in _csv_rows(protocol):
         if len(fields) != 3:
@@ -158,11 +190,13 @@ def _first_file(root: Path, candidates: list[str]) -> Path:
     for candidate in candidates:
         if (root / candidate).is_file():
             return root / candidate
-    raise InputError(f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout nor that "
-                     "part of it; give the corpus's folder with -d (README, Data)")
+    raise InputError(
+        f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout nor that "
+        "part of it; give the corpus's folder with -d (README, Data)"
+    )
 
 
-LONGEST_ROW = 4_096        # characters; no real protocol comes near it
+LONGEST_ROW = 4_096  # characters; no real protocol comes near it
 
 
 def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
@@ -173,11 +207,15 @@ def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
             while line := file.readline(LONGEST_ROW + 1):
                 row += 1
                 if len(line) > LONGEST_ROW:
-                    raise InputError(f"{protocol}:{row}: expected a protocol row, got a line of over {LONGEST_ROW} characters")
+                    raise InputError(
+                        f"{protocol}:{row}: expected a protocol row, got a line of over {LONGEST_ROW} characters"
+                    )
                 if line.strip():
                     yield row, line.rstrip("\n")
         except UnicodeDecodeError:
-            raise InputError(f"{protocol}: not a text file (row {row + 1} or after is not UTF-8)") from None
+            raise InputError(
+                f"{protocol}: not a text file (row {row + 1} or after is not UTF-8)"
+            ) from None
 
 
 def _rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
@@ -188,9 +226,13 @@ def _csv_rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of `meta.csv` below its header; a first row that is data is kept as data."""
     for row, line in _lines(protocol):
         try:
-            fields = next(csv.reader([line], strict=True))       # each line by itself: a stray quote must not swallow the next
+            fields = next(
+                csv.reader([line], strict=True)
+            )  # each line by itself: a stray quote must not swallow the next
         except csv.Error as error:
-            raise InputError(f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})") from None
+            raise InputError(
+                f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})"
+            ) from None
         if [field.strip() for field in fields] != ["file", "speaker", "label"]:
             yield row, fields
 
@@ -204,9 +246,13 @@ def _plain_name(protocol: Path, row: int, name: str, what: str = "file name") ->
 
 def _label(protocol: Path, row: int, word: str, words: dict[str, int]) -> int:
     if word not in words:
-        raise InputError(f"{protocol}:{row}: expected the label {' or '.join(words)}, got {word[:60]!r}")
+        raise InputError(
+            f"{protocol}:{row}: expected the label {' or '.join(words)}, got {word[:60]!r}"
+        )
     return words[word]
 
 
 def _bad_row(protocol: Path, row: int, expected: str, fields: list[str]) -> InputError:
-    return InputError(f"{protocol}:{row}: expected {expected}, got {len(fields)} columns: {' '.join(fields)[:80]!r}")
+    return InputError(
+        f"{protocol}:{row}: expected {expected}, got {len(fields)} columns: {' '.join(fields)[:80]!r}"
+    )

@@ -1,4 +1,5 @@
 """Score files, both ends, and what lies beside them: their provenance, the trials they lack, ASV scores. Plain numpy."""
+
 from __future__ import annotations
 
 import hashlib
@@ -19,16 +20,16 @@ from runtime.cli import InputError
 
 REAL_WORDS = ("real", "bonafide", "bona-fide")
 FAKE_WORDS = ("fake", "spoof")
-UNLABELLED = "-"           # recordings whose label nobody knows: written, but there is nothing to evaluate
+UNLABELLED = "-"  # recordings whose label nobody knows: written, but there is nothing to evaluate
 IS_REAL = {word.encode(): word in REAL_WORDS for word in REAL_WORDS + FAKE_WORDS}
 
 
 class Scores(NamedTuple):
     """The trials of one score file, in its order."""
 
-    names: Sequence[str]       # N
-    scores: np.ndarray         # (N,) float64, higher = more likely real
-    is_real: np.ndarray        # (N,) bool
+    names: Sequence[str]  # N
+    scores: np.ndarray  # (N,) float64, higher = more likely real
+    is_real: np.ndarray  # (N,) bool
 
     @property
     def real(self) -> np.ndarray:
@@ -52,13 +53,17 @@ def read_scores(path: str | Path) -> Scores:
     finite = np.isfinite(trials.scores)
     if not finite.all():
         trial = int(np.argmin(finite))
-        raise InputError(f"{path}:{_row_of(path, trial)}: expected a finite score, got {trials.scores[trial]}; "
-                         "score this trial again")
+        raise InputError(
+            f"{path}:{_row_of(path, trial)}: expected a finite score, got {trials.scores[trial]}; "
+            "score this trial again"
+        )
     if len(set(trials.names)) < len(trials.names):
         name, count = Counter(trials.names).most_common(1)[0]
         second = trials.names.index(name, trials.names.index(name) + 1)
-        raise InputError(f"{path}:{_row_of(path, second)}: expected each trial once, got {_shortened(name)} "
-                         f"{count} times; keep one row of it")
+        raise InputError(
+            f"{path}:{_row_of(path, second)}: expected each trial once, got {_shortened(name)} "
+            f"{count} times; keep one row of it"
+        )
     return trials
 
 
@@ -71,7 +76,7 @@ def read_rows(path: str | Path) -> Scores:
         return _parse(_whole_rows(path, lines))
 
 
-ROW_END = b"\0"            # no score file has it as a word of its own
+ROW_END = b"\0"  # no score file has it as a word of its own
 
 
 def _parse(lines: bytes) -> Scores:
@@ -82,13 +87,17 @@ def _parse(lines: bytes) -> Scores:
     fields = lines.replace(b"\n", b" " + ROW_END + b" ").split() + [ROW_END]
     names, scores, words, ends = fields[0::4], fields[1::4], fields[2::4], fields[3::4]
     if 4 * ends.count(ROW_END) != len(fields) or ROW_END in names or b"_" in b" ".join(scores):
-        raise ValueError("a row without exactly three columns, or an underscore, which Python allows in numbers")
+        raise ValueError(
+            "a row without exactly three columns, or an underscore, which Python allows in numbers"
+        )
     values = np.array(list(map(float, scores)))
     is_real = np.array([IS_REAL[word] for word in words])
     return Scores(b"\n".join(names).decode().split("\n"), values, is_real)
 
 
-def write_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> None:
+def write_scores(
+    path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]
+) -> None:
     """Write a score file that read_scores() reads back to the last bit, whole or not at all.
 
     Raises InputError as format_scores(), before anything is written.
@@ -98,22 +107,28 @@ def write_scores(path: str | Path, names: Sequence[str], scores: Sequence[float]
         file.write(text)
 
 
-def format_scores(path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]) -> str:
+def format_scores(
+    path: str | Path, names: Sequence[str], scores: Sequence[float], words: Sequence[str]
+) -> str:
     """What a score file at `path` holds.
 
     Raises InputError for names as check_names(), for scores that are not finite, for unknown words, and
     for sequences of unequal length.
     """
     if not len(names) == len(scores) == len(words):
-        raise InputError(f"{path}: expected as many names as scores and words, "
-                         f"got {len(names)}, {len(scores)} and {len(words)}")
+        raise InputError(
+            f"{path}: expected as many names as scores and words, "
+            f"got {len(names)}, {len(scores)} and {len(words)}"
+        )
     check_names(path, names)
     lines = []
     for name, score, word in zip(names, map(float, scores), words):
         if not np.isfinite(score):
             raise InputError(f"{path}: expected a finite score for {_shortened(name)}, got {score}")
         if word.encode() not in IS_REAL and word != UNLABELLED:
-            raise InputError(f"{path}: expected {_known_words()} for {_shortened(name)}, got {_shortened(word)}")
+            raise InputError(
+                f"{path}: expected {_known_words()} for {_shortened(name)}, got {_shortened(word)}"
+            )
         lines.append(f"{name} {score!r} {word}\n")
     return "".join(lines)
 
@@ -123,13 +138,15 @@ def check_names(path: str | Path, names: Sequence[str]) -> None:
     seen = set()
     for name in names:
         if not name or name.split() != [name]:
-            raise InputError(f"{path}: expected a trial's name without blanks, got {_shortened(name)}")
+            raise InputError(
+                f"{path}: expected a trial's name without blanks, got {_shortened(name)}"
+            )
         if name in seen:
             raise InputError(f"{path}: expected each trial once, got {_shortened(name)} again")
         seen.add(name)
 
 
-PROVENANCE = "provenance.json"     # beside score files: what made them, and their SHA-256
+PROVENANCE = "provenance.json"  # beside score files: what made them, and their SHA-256
 
 
 def read_checksums(folder: str | Path) -> dict[str, str]:
@@ -148,7 +165,9 @@ def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
             return recorded
     except (ValueError, AttributeError, RecursionError):
         pass
-    raise InputError(f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are")
+    raise InputError(
+        f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are"
+    )
 
 
 def is_unchanged(path: str | Path, checksums: dict[str, str]) -> bool:
@@ -162,17 +181,22 @@ def made_of(folder: Path) -> dict[str, str]:
     return read_provenance(folder, "made_of")
 
 
-def write_provenance(folder: Path, about: dict[str, Any], scores: str, score_file: str, sha256: str) -> None:
+def write_provenance(
+    folder: Path, about: dict[str, Any], scores: str, score_file: str, sha256: str
+) -> None:
     """What made the scores, and their checksums, which evaluate_score.py holds them against."""
     checksums = read_checksums(folder) | {score_file: sha256}
-    about = about | {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                     "sha256": checksums, "made_of": made_of(folder) | {score_file: scores}}
+    about = about | {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "sha256": checksums,
+        "made_of": made_of(folder) | {score_file: scores},
+    }
     with files.replacing(folder / PROVENANCE) as file:
         json.dump(about, file, indent=1)
 
 
 def _read(path: str | Path) -> bytes:
-    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")      # the mark some editors put there
+    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark some editors put there
 
 
 def _whole_rows(path: str | Path, lines: bytes) -> bytes:
@@ -183,7 +207,9 @@ def _whole_rows(path: str | Path, lines: bytes) -> bytes:
         if not fields:
             continue
         if problem := _problem_of(fields):
-            raise InputError(f"{path}:{number}: {problem}; is this a score file of generate_score.py?")
+            raise InputError(
+                f"{path}:{number}: {problem}; is this a score file of generate_score.py?"
+            )
         rows.append(line)
     return b"\n".join(rows)
 
@@ -195,7 +221,11 @@ def _problem_of(fields: list[bytes]) -> str | None:
     if not _is_number(score):
         return f"expected a number as the score, got {_shortened(score)}"
     if word not in IS_REAL:
-        hint = " (a recording without a label, of which there is nothing to evaluate)" if word == UNLABELLED.encode() else ""
+        hint = (
+            " (a recording without a label, of which there is nothing to evaluate)"
+            if word == UNLABELLED.encode()
+            else ""
+        )
         return f"expected {_known_words()}, got {_shortened(word)}{hint}"
     try:
         name.decode()
@@ -214,7 +244,9 @@ def _is_number(text: bytes) -> bool:
 
 def _row_of(path: str | Path, trial: int) -> int:
     """Row number, from 1, of the trial-th row that is not blank."""
-    return [number for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()][trial]
+    return [
+        number for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()
+    ][trial]
 
 
 def _known_words() -> str:
@@ -251,10 +283,14 @@ def read_asv_scores(path: str | Path) -> AsvScores:
             _, key, score = fields
             scores[key].append(float(score))
         except (ValueError, KeyError):
-            raise InputError(f"{path}:{row}: expected `source target|nontarget|spoof score`, got {_shortened(line)}; is this "
-                             "ASVspoof2019.LA.asv.eval.gi.trl.scores.txt?") from None
+            raise InputError(
+                f"{path}:{row}: expected `source target|nontarget|spoof score`, got {_shortened(line)}; is this "
+                "ASVspoof2019.LA.asv.eval.gi.trl.scores.txt?"
+            ) from None
     arrays = {key.decode(): np.array(values) for key, values in scores.items()}
     for key, values in arrays.items():
         if not values.size or not np.isfinite(values).all():
-            raise InputError(f"{path}: expected finite scores of {key} trials, got {'some that are not' if values.size else 'none'}")
+            raise InputError(
+                f"{path}: expected finite scores of {key} trials, got {'some that are not' if values.size else 'none'}"
+            )
     return AsvScores(**arrays)

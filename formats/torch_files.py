@@ -5,6 +5,7 @@ needs for containers and tensors are carried out one by one; a name is looked up
 What is left to a file then is to be damaged, or to be large: checksums are checked, and memory is bounded
 by the size of the file.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -24,11 +25,20 @@ from torch import Tensor, nn
 from runtime import files
 from runtime.cli import InputError
 
-LARGEST_FILE = 2**30       # bytes; a head with its optimiser takes 50 million
-LARGEST_PICKLE = 2**22     # bytes of instructions; the released networks take 0.2 million
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-          "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-          "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+LARGEST_FILE = 2**30  # bytes; a head with its optimiser takes 50 million
+LARGEST_PICKLE = 2**22  # bytes of instructions; the released networks take 0.2 million
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
 
 
 class Record:
@@ -50,9 +60,13 @@ def load(path: str | Path, stand_ins: Iterable[str] = ()) -> Any:
         return _Pickle(path, _read_archive(path), frozenset(stand_ins)).run()
     except (InputError, OSError):
         raise
-    except Exception as error:         # a hostile or damaged file can fail in any way; all of them mean refusal
+    except (
+        Exception
+    ) as error:  # a hostile or damaged file can fail in any way; all of them mean refusal
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: damaged, or not a file of this program ({reason[-1][:160]})") from error
+        raise InputError(
+            f"{path}: damaged, or not a file of this program ({reason[-1][:160]})"
+        ) from error
 
 
 def save(path: str | Path, content: Any) -> None:
@@ -97,19 +111,31 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
     """Every member by its name without the folder they all lie in; checksums are checked on the way."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: expected a file written by torch.save, found something that is not a regular file")
+        raise InputError(
+            f"{path}: expected a file written by torch.save, found something that is not a regular file"
+        )
     if status.st_size > LARGEST_FILE:
-        raise InputError(f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes so many")
+        raise InputError(
+            f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes so many"
+        )
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make it again")
+        raise InputError(
+            f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make it again"
+        )
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members) or \
-                sum(member.file_size for member in members) > status.st_size:
-            raise InputError(f"{path}: refused, its contents would swell when unpacked; torch.save writes no such files")
+        if (
+            any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            or sum(member.file_size for member in members) > status.st_size
+        ):
+            raise InputError(
+                f"{path}: refused, its contents would swell when unpacked; torch.save writes no such files"
+            )
         names = [member.filename.partition("/")[2] for member in members]
         if len(set(names)) < len(names):
-            raise InputError(f"{path}: refused, it holds two members of one name; torch.save writes no such files")
+            raise InputError(
+                f"{path}: refused, it holds two members of one name; torch.save writes no such files"
+            )
         try:
             return {name: archive.read(member) for name, member in zip(names, members)}
         except zipfile.BadZipFile as error:
@@ -124,7 +150,9 @@ class _Name:
 
     def __init__(self, name: str):
         self.name = name
-_NULL = object()           # marks the start of a tuple's or a container's items on the stack
+
+
+_NULL = object()  # marks the start of a tuple's or a container's items on the stack
 
 
 class _Pickle:
@@ -136,10 +164,19 @@ class _Pickle:
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Tensor] = {}
         self.calls: dict[str, Callable] = {
-            "torch._utils._rebuild_tensor_v2": self._tensor, "torch._utils._rebuild_parameter": lambda data, *_: data,
-            "collections.OrderedDict": dict, "torch.Size": tuple, "torch.device": lambda *_: "cpu",
-            "builtins.set": list, "__builtin__.set": list}
-        self.names = {*self.calls, *stand_ins, *(f"torch.{cuda}{name}" for name in DTYPES for cuda in ("", "cuda."))}
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
+            "collections.OrderedDict": dict,
+            "torch.Size": tuple,
+            "torch.device": lambda *_: "cpu",
+            "builtins.set": list,
+            "__builtin__.set": list,
+        }
+        self.names = {
+            *self.calls,
+            *stand_ins,
+            *(f"torch.{cuda}{name}" for name in DTYPES for cuda in ("", "cuda.")),
+        }
 
     def run(self) -> Any:
         program = self.members["data.pkl"]
@@ -148,13 +185,18 @@ class _Pickle:
         for instruction, argument, _ in pickletools.genops(program):
             step = getattr(self, "_" + instruction.name.lower(), None)
             if step is None:
-                raise ValueError(f"{instruction.name} in its pickle, which torch.save does not write")
+                raise ValueError(
+                    f"{instruction.name} in its pickle, which torch.save does not write"
+                )
             step(argument)
         return self.stack.pop()
 
     def _tensor(self, storage: Tensor, offset: int, shape: tuple, stride: tuple, *_: Any) -> Tensor:
-        if not isinstance(storage, Tensor) or len(shape) != len(stride) or \
-                not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride)):
+        if (
+            not isinstance(storage, Tensor)
+            or len(shape) != len(stride)
+            or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride))
+        ):
             raise ValueError("a tensor without a storage, or of impossible size")
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
         if math.prod(shape) > len(storage) or (math.prod(shape) and last >= len(storage)):
@@ -169,17 +211,25 @@ class _Pickle:
             raise ValueError("a storage without a name or size")
         if key not in self.storages:
             data = self.members[f"data/{key}"]
-            self.storages[key] = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self.storages[key] = (
+                torch.frombuffer(bytearray(data), dtype=dtype)
+                if data
+                else torch.empty(0, dtype=dtype)
+            )
         storage = self.storages[key]
         if storage.dtype != dtype or len(storage) != count:
-            raise ValueError(f"a storage of {count} {dtype} values in {len(self.members[f'data/{key}'])} bytes")
+            raise ValueError(
+                f"a storage of {count} {dtype} values in {len(self.members[f'data/{key}'])} bytes"
+            )
         self.stack.append(storage)
 
     def _global(self, name: str) -> None:
         name = name.replace(" ", ".", 1)
         if name not in self.names:
-            raise InputError(f"{self.path}: refused, it names {name[:100]}, which is not in the list of what such a file may "
-                             "hold; nothing of it was run")
+            raise InputError(
+                f"{self.path}: refused, it names {name[:100]}, which is not in the list of what such a file may "
+                "hold; nothing of it was run"
+            )
         self.stack.append(_Name(name))
 
     def _reduce(self, _: None) -> None:
@@ -196,7 +246,9 @@ class _Pickle:
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, Record):
             vars(made).update(state)
-        elif not isinstance(made, dict):          # a state_dict carries version numbers, which are not needed
+        elif not isinstance(
+            made, dict
+        ):  # a state_dict carries version numbers, which are not needed
             raise ValueError(f"attributes for a {type(made).__name__}")
 
     def _setitems(self, _: None) -> None:
@@ -231,7 +283,7 @@ class _Pickle:
             start -= 1
             if start < 0:
                 raise ValueError("items without a start")
-        items = self.stack[start + 1:]
+        items = self.stack[start + 1 :]
         del self.stack[start:]
         return items
 
@@ -250,28 +302,43 @@ class _Pickle:
     _binint = _binint1 = _binint2 = _long1 = _binfloat = _binunicode = _push
     _long_binput, _long_binget = _binput, _binget
     _proto = _stop = _pass
-    _mark = lambda self, _: self.stack.append(_NULL)               # noqa: E731
-    _none = lambda self, _: self.stack.append(None)                # noqa: E731
-    _newtrue = lambda self, _: self.stack.append(True)             # noqa: E731
-    _newfalse = lambda self, _: self.stack.append(False)           # noqa: E731
-    _empty_dict = lambda self, _: self.stack.append({})            # noqa: E731
-    _empty_list = lambda self, _: self.stack.append([])            # noqa: E731
-    _empty_tuple = lambda self, _: self.stack.append(())           # noqa: E731
-    _tuple1 = lambda self, _: self._take(1)                        # noqa: E731
-    _tuple2 = lambda self, _: self._take(2)                        # noqa: E731
-    _tuple3 = lambda self, _: self._take(3)                        # noqa: E731
+    _mark = lambda self, _: self.stack.append(_NULL)  # noqa: E731
+    _none = lambda self, _: self.stack.append(None)  # noqa: E731
+    _newtrue = lambda self, _: self.stack.append(True)  # noqa: E731
+    _newfalse = lambda self, _: self.stack.append(False)  # noqa: E731
+    _empty_dict = lambda self, _: self.stack.append({})  # noqa: E731
+    _empty_list = lambda self, _: self.stack.append([])  # noqa: E731
+    _empty_tuple = lambda self, _: self.stack.append(())  # noqa: E731
+    _tuple1 = lambda self, _: self._take(1)  # noqa: E731
+    _tuple2 = lambda self, _: self._take(2)  # noqa: E731
+    _tuple3 = lambda self, _: self._take(3)  # noqa: E731
 
 
 # ── Released networks ────────────────────────────────────────────────────────────────────────────
 
-MOST_MODULES = 1_000       # in a pickled head; the released ones have about 100, one that holds itself has no end
+MOST_MODULES = (
+    1_000  # in a pickled head; the released ones have about 100, one that holds itself has no end
+)
 # What a released file may name: its own classes and torch's layers, DataParallel among them. They come
 # back as inert records, never as the class.
 RELEASED_CLASSES = (
-    *(f"model.{name}" for name in ("W2VAASIST", "LCNN", "MaxFeatureMap2D", "GraphAttentionLayer",
-                                   "HtrgGraphAttentionLayer", "GraphPool", "Residual_block")),
-    *(f"{layer.__module__}.{layer.__qualname__}" for layer in vars(nn).values()
-      if isinstance(layer, type) and issubclass(layer, nn.Module)),
+    *(
+        f"model.{name}"
+        for name in (
+            "W2VAASIST",
+            "LCNN",
+            "MaxFeatureMap2D",
+            "GraphAttentionLayer",
+            "HtrgGraphAttentionLayer",
+            "GraphPool",
+            "Residual_block",
+        )
+    ),
+    *(
+        f"{layer.__module__}.{layer.__qualname__}"
+        for layer in vars(nn).values()
+        if isinstance(layer, type) and issubclass(layer, nn.Module)
+    ),
 )
 
 
@@ -297,8 +364,14 @@ def _walk_module(record: Any) -> dict[str, Tensor]:
         tensors = {**module._parameters, **module._buffers}
         if any(len(str(name)) > 200 for name in (*tensors, *module._modules)):
             raise ValueError("names of unusual length")
-        found |= {f"{prefix}{name}": tensor for name, tensor in tensors.items() if tensor is not None}
-        waiting += [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+        found |= {
+            f"{prefix}{name}": tensor for name, tensor in tensors.items() if tensor is not None
+        }
+        waiting += [
+            (f"{prefix}{name}.", child)
+            for name, child in module._modules.items()
+            if child is not None
+        ]
         if len(waiting) > MOST_MODULES:
             raise ValueError("modules without end")
     return found

@@ -1,4 +1,5 @@
 """Front ends: clips become features."""
+
 from __future__ import annotations
 
 from frontends.base import FEATURE_SHAPES, FrontEnd

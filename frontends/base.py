@@ -1,4 +1,5 @@
 """What all front ends have in common."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,9 +8,12 @@ from torch import nn
 
 from formats.audio import CLIP_SAMPLES, SAMPLE_RATE
 
-FEATURE_SHAPES = {         # (frames, dim)
-    "mel": (505, 80),      # 1 + 64,600 // 128 frames of 80 mel bands
-    "xls-r-5": (201, 1024),  # what wav2vec 2.0's strides leave of 64,600 samples: one frame per 20 ms
+FEATURE_SHAPES = {  # (frames, dim)
+    "mel": (505, 80),  # 1 + 64,600 // 128 frames of 80 mel bands
+    "xls-r-5": (
+        201,
+        1024,
+    ),  # what wav2vec 2.0's strides leave of 64,600 samples: one frame per 20 ms
 }
 
 
@@ -27,4 +31,4 @@ class FrontEnd(nn.Module):
         return {"feat": self.feat, "clip_samples": CLIP_SAMPLES, "sample_rate": SAMPLE_RATE}
 
     def train(self, mode: bool = True) -> FrontEnd:
-        return super().train(False)    # layerdrop would remove blocks, dropout would add noise
+        return super().train(False)  # layerdrop would remove blocks, dropout would add noise

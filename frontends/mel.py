@@ -1,4 +1,5 @@
 """Mel spectrograms."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -18,11 +19,15 @@ class Mel(FrontEnd):
 
     def __init__(self) -> None:
         super().__init__()
-        self.spectrogram = torchaudio.transforms.MelSpectrogram(SAMPLE_RATE, n_fft=512, hop_length=128, n_mels=80)
+        self.spectrogram = torchaudio.transforms.MelSpectrogram(
+            SAMPLE_RATE, n_fft=512, hop_length=128, n_mels=80
+        )
 
     def forward(self, clips: Tensor) -> Tensor:
-        with torch.autocast(clips.device.type, enabled=False):   # powers span more than bfloat16 resolves
-            return self.spectrogram(clips).transpose(1, 2)       # (B, 505, 80)
+        with torch.autocast(
+            clips.device.type, enabled=False
+        ):  # powers span more than bfloat16 resolves
+            return self.spectrogram(clips).transpose(1, 2)  # (B, 505, 80)
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {"scale": "power", "n_fft": 512, "hop": 128}

@@ -5,6 +5,7 @@ through memory. Here a signal is a matrix (frames, channels) throughout, and a w
 matrix, clip below clip: each convolution is a few matrix products on views, with nothing copied, and
 everything else runs along contiguous rows. The weights are the library's own.
 """
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CLIPS_AT_ONCE = 1          # through the convolutions on a CPU: 26 MB of activations a clip already outgrow its caches
+CLIPS_AT_ONCE = (
+    1  # through the convolutions on a CPU: 26 MB of activations a clip already outgrow its caches
+)
 
 
 class TimeMajorEncoder(nn.Module):
@@ -31,12 +34,16 @@ class TimeMajorEncoder(nn.Module):
         config = library.config
         self.strides = config.conv_stride
         self.kernels = config.conv_kernel
-        self.convs = nn.ModuleList(_Conv(layer, stride, dtype) for layer, stride in
-                                   zip(library.feature_extractor.conv_layers, config.conv_stride))
+        self.convs = nn.ModuleList(
+            _Conv(layer, stride, dtype)
+            for layer, stride in zip(library.feature_extractor.conv_layers, config.conv_stride)
+        )
         self.projection_norm = _Norm(library.feature_projection.layer_norm, dtype)
         self.projection = _Linear([library.feature_projection.projection], dtype)
         self.positions = _PositionalConv(library.encoder.pos_conv_embed)
-        self.blocks = nn.ModuleList(_Block(layer, config.num_attention_heads, dtype) for layer in library.encoder.layers)
+        self.blocks = nn.ModuleList(
+            _Block(layer, config.num_attention_heads, dtype) for layer in library.encoder.layers
+        )
         self.dtype = dtype
         self.requires_grad_(False)
 
@@ -44,8 +51,10 @@ class TimeMajorEncoder(nn.Module):
         """Clips (B, samples) float32, normalised -> what the last block hands on, (B, frames, hidden) float32."""
         with torch.autocast(clips.device.type, enabled=False):
             at_once = len(clips) if clips.is_cuda else CLIPS_AT_ONCE
-            x = torch.cat([self._convolve(part) for part in clips.split(at_once)])      # (B, frames, conv channels)
-            x = self.projection(self.projection_norm(x)).float()                        # (B, frames, hidden)
+            x = torch.cat(
+                [self._convolve(part) for part in clips.split(at_once)]
+            )  # (B, frames, conv channels)
+            x = self.projection(self.projection_norm(x)).float()  # (B, frames, hidden)
             x = x + self.positions(x)
             for block in self.blocks:
                 x = block(x)
@@ -72,27 +81,29 @@ class _Conv(nn.Module):
 
     def __init__(self, layer: nn.Module, stride: int, dtype: torch.dtype):
         super().__init__()
-        weight = layer.conv.weight.detach()                                  # (out, in, kernel)
+        weight = layer.conv.weight.detach()  # (out, in, kernel)
         self.stride, self.copies = stride, weight.shape[1] == 1
         bias = layer.conv.bias if layer.conv.bias is not None else torch.zeros(len(weight))
-        matrix = weight.permute(2, 1, 0).flatten(0, 1)                       # (kernel * in, out)
+        matrix = weight.permute(2, 1, 0).flatten(0, 1)  # (kernel * in, out)
         self.slabs = []
-        for number, slab in enumerate(matrix.split(len(matrix) if self.copies else stride * weight.shape[1])):
+        for number, slab in enumerate(
+            matrix.split(len(matrix) if self.copies else stride * weight.shape[1])
+        ):
             self.slabs.append(f"slab{number}")
             self.register_buffer(self.slabs[-1], slab.contiguous().to(dtype))
         self.register_buffer("bias", bias.detach().to(dtype))
         self.norm = _Norm(layer.layer_norm, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.view(-1, self.stride * x.shape[1])                             # (frames, stride * in)
+        x = x.view(-1, self.stride * x.shape[1])  # (frames, stride * in)
         first, *others = (getattr(self, name) for name in self.slabs)
         # What a window lacks at the very end is filled with nothing: the last frames are not of any clip.
         while self.copies and x.shape[1] < len(first):
-            more = x[1:, :len(first) - x.shape[1]]
-            x = torch.cat([x, F.pad(more, (0, 0, 0, 1))], dim=1)             # (frames, kernel)
-        out = torch.addmm(self.bias, x[:, :len(first)], first)
+            more = x[1:, : len(first) - x.shape[1]]
+            x = torch.cat([x, F.pad(more, (0, 0, 0, 1))], dim=1)  # (frames, kernel)
+        out = torch.addmm(self.bias, x[:, : len(first)], first)
         for number, slab in enumerate(others, start=1):
-            out[:-number].addmm_(x[number:, :len(slab)], slab)
+            out[:-number].addmm_(x[number:, : len(slab)], slab)
         return F.gelu(self.norm(out))
 
 
@@ -104,7 +115,7 @@ class _Norm(nn.Module):
         self.register_buffer("bias", norm.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:                  # a CPU mixes bfloat16 rows with float32 weights, CUDA does not
+        if x.is_cuda:  # a CPU mixes bfloat16 rows with float32 weights, CUDA does not
             x = x.float()
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
 
@@ -114,7 +125,9 @@ class _Linear(nn.Module):
 
     def __init__(self, layers: list[nn.Linear], dtype: torch.dtype):
         super().__init__()
-        self.register_buffer("weight", torch.cat([layer.weight.detach() for layer in layers]).to(dtype))
+        self.register_buffer(
+            "weight", torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        )
         self.register_buffer("bias", torch.cat([layer.bias.detach() for layer in layers]).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,24 +145,35 @@ class _PositionalConv(nn.Module):
         super().__init__()
         conv = layer.conv
         self.groups, self.padding = conv.groups, conv.padding[0]
-        self.register_buffer("weight", conv.weight.detach().clone())         # (hidden, hidden / groups, taps), its norm worked out
+        self.register_buffer(
+            "weight", conv.weight.detach().clone()
+        )  # (hidden, hidden / groups, taps), its norm worked out
         self.register_buffer("bias", conv.bias.detach().clone())
         self._spectra: dict[tuple[int, torch.device], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, hidden) float32 -> the same."""
         frames = x.shape[1]
-        length = _smooth(frames + self.padding)      # what wraps around meets only zeros
-        spectrum = torch.fft.rfft(x, n=length, dim=1).unflatten(2, (self.groups, -1))       # (B, bins, groups, in)
-        mixed = spectrum.permute(1, 2, 0, 3).flatten(0, 1) @ self._weight_spectrum(length)  # (bins * groups, B, out)
-        mixed = mixed.unflatten(0, (-1, self.groups)).permute(2, 0, 1, 3).flatten(2)        # (B, bins, hidden)
+        length = _smooth(frames + self.padding)  # what wraps around meets only zeros
+        spectrum = torch.fft.rfft(x, n=length, dim=1).unflatten(
+            2, (self.groups, -1)
+        )  # (B, bins, groups, in)
+        mixed = spectrum.permute(1, 2, 0, 3).flatten(0, 1) @ self._weight_spectrum(
+            length
+        )  # (bins * groups, B, out)
+        mixed = (
+            mixed.unflatten(0, (-1, self.groups)).permute(2, 0, 1, 3).flatten(2)
+        )  # (B, bins, hidden)
         return F.gelu(torch.fft.irfft(mixed, n=length, dim=1)[:, :frames] + self.bias)
 
     def _weight_spectrum(self, length: int) -> Tensor:
         """(bins * groups, in, out) complex64; made at the first clip of a length, on its device."""
         key = length, self.weight.device
         if key not in self._spectra:
-            groups = [self._group_spectrum(weight, length) for weight in self.weight.cpu().chunk(self.groups)]
+            groups = [
+                self._group_spectrum(weight, length)
+                for weight in self.weight.cpu().chunk(self.groups)
+            ]
             self._spectra = {key: torch.stack(groups, dim=1).flatten(0, 1).to(self.weight.device)}
         return self._spectra[key]
 
@@ -177,7 +201,9 @@ class _Block(nn.Module):
         self.heads = heads
         attention, feed_forward = layer.attention, layer.feed_forward
         self.norm1 = _Norm(layer.layer_norm, dtype)
-        self.query_key_value = _Linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.query_key_value = _Linear(
+            [attention.q_proj, attention.k_proj, attention.v_proj], dtype
+        )
         self.out = _Linear([attention.out_proj], dtype)
         self.norm2 = _Norm(layer.final_layer_norm, dtype)
         self.widen = _Linear([feed_forward.intermediate_dense], dtype)
@@ -185,7 +211,13 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, frames, hidden) float32 -> the same."""
-        q, k, v = self.query_key_value(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)       # (B, frames, hidden)
+        q, k, v = (
+            self.query_key_value(self.norm1(x))
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
+        mixed = (
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )  # (B, frames, hidden)
         x = x + self.out(mixed)
         return x + self.narrow(F.gelu(self.widen(self.norm2(x))))

@@ -2,6 +2,7 @@
 
 Imports nothing heavy, so that `evaluate_score.py` starts at once.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-USER_ERROR = 2             # exit code of a mistake that the user can mend
-SIGNAL_EXIT = 128          # the shell's convention: 128 + the signal's number
+USER_ERROR = 2  # exit code of a mistake that the user can mend
+SIGNAL_EXIT = 128  # the shell's convention: 128 + the signal's number
 
 
 class InputError(ValueError):
@@ -24,8 +25,8 @@ class Stopped(BaseException):
     """SIGINT or SIGTERM, raised where the program stands so that `finally` blocks run."""
 
 
-_answering = os.getpid()           # the process that a signal ends; its helpers end with it
-_stopped_by: int | None = None     # the signal, once one has come
+_answering = os.getpid()  # the process that a signal ends; its helpers end with it
+_stopped_by: int | None = None  # the signal, once one has come
 _has_last_word: Callable[[], bool] = lambda: True
 
 
@@ -51,7 +52,7 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         sys.stdout.flush()
     except InputError as error:
         _end(USER_ERROR, f"error: {error}")
-    except BrokenPipeError:            # `| head` closed the pipe: not an error, and nobody left to tell
+    except BrokenPipeError:  # `| head` closed the pipe: not an error, and nobody left to tell
         sys.stdout = None
         _has_last_word()
         sys.exit(SIGNAL_EXIT + signal.SIGPIPE)
@@ -63,21 +64,24 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
     except Exception:
         if _has_last_word():
             raise
-        sys.exit(1)                    # the end of another process broke the connection to it
+        sys.exit(1)  # the end of another process broke the connection to it
 
 
 def _stop(number: int, frame: object) -> None:
     global _stopped_by
-    if os.getpid() != _answering:      # a helper that was forked a moment ago
+    if os.getpid() != _answering:  # a helper that was forked a moment ago
         return
     _stopped_by = number
-    for repeated in (signal.SIGINT, signal.SIGTERM):      # an impatient second Ctrl-C must not break off the clean end
+    for repeated in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # an impatient second Ctrl-C must not break off the clean end
         signal.signal(repeated, signal.SIG_IGN)
     raise Stopped
 
 
 def _report_unraisable(lost: sys.UnraisableHookArgs) -> None:
-    if _stopped_by is None:            # else it is Stopped itself, or an object it left half-made
+    if _stopped_by is None:  # else it is Stopped itself, or an object it left half-made
         sys.__unraisablehook__(lost)
 
 
@@ -119,12 +123,26 @@ class Parser(argparse.ArgumentParser):
         sys.exit(USER_ERROR)
 
 
-def add_compute_options(parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None) -> None:
+def add_compute_options(
+    parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None
+) -> None:
     """The options that every script which runs a network shares."""
-    parser.add_argument("--gpu", type=int, metavar="N", help="index of the GPU, -1 for the CPU (default: the first GPU if there is one)")
-    parser.add_argument("--batch_size", type=at_least(1), default=batch_size, metavar="N", help=batch_help)
-    parser.add_argument("--num_workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
-                        help="helpers that read ahead; 0: read in the main process (default: %(default)s)")
+    parser.add_argument(
+        "--gpu",
+        type=int,
+        metavar="N",
+        help="index of the GPU, -1 for the CPU (default: the first GPU if there is one)",
+    )
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=batch_size, metavar="N", help=batch_help
+    )
+    parser.add_argument(
+        "--num_workers",
+        type=at_least(0),
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="helpers that read ahead; 0: read in the main process (default: %(default)s)",
+    )
 
 
 def percent(text: str) -> float:
@@ -136,10 +154,14 @@ def percent(text: str) -> float:
 
 def at_least(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number not below `least`."""
+
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {least}, got {text!r}"
+            )
         return int(text)
+
     return number
 
 

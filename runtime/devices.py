@@ -1,4 +1,5 @@
 """Where and how exactly networks compute: GPU or CPU, precision, memory."""
+
 from __future__ import annotations
 
 import ctypes
@@ -25,15 +26,19 @@ def pick_device(gpu: int | None) -> torch.device:
     if gpu is None:
         gpu = 0 if count else -1
     if gpu >= count:
-        raise InputError(f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to use what there is")
+        raise InputError(
+            f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to use what there is"
+        )
     if gpu < 0:
         _keep_freed_memory()
         return torch.device("cpu")
     try:
         _start(gpu)
-    except RuntimeError as error:      # too old for this torch, full, or another program's alone
-        raise InputError(f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({str(error).strip().splitlines()[0]}); choose "
-                         "another, or the CPU with --gpu -1") from error
+    except RuntimeError as error:  # too old for this torch, full, or another program's alone
+        raise InputError(
+            f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({str(error).strip().splitlines()[0]}); choose "
+            "another, or the CPU with --gpu -1"
+        ) from error
     return torch.device(f"cuda:{gpu}")
 
 
@@ -46,7 +51,7 @@ def _start(gpu: int) -> None:
 def _keep_freed_memory() -> None:
     """Have glibc keep freed blocks: handing each large activation back to the kernel, only to have the next one
     cleared page by page, takes a third of the time of LCNN on a CPU."""
-    with suppress(OSError, AttributeError):              # another C library: nothing to set
+    with suppress(OSError, AttributeError):  # another C library: nothing to set
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -59,7 +64,9 @@ def set_precision(precision: str, device: torch.device) -> None:
         backend.allow_tf32 = precision == "tf32"
     if precision == "bf16" and not has_bf16(device):
         what = "GPU" if device.type == "cuda" else "CPU"
-        cli.say(f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32")
+        cli.say(
+            f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32"
+        )
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -81,7 +88,7 @@ def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
     how often the run was interrupted. Nobody waits for the copy to a GPU.
     """
     full = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
-    full[:len(clips)] = clips
+    full[: len(clips)] = clips
     return full.to(device, non_blocking=True)
 
 
@@ -93,5 +100,7 @@ def memory_advice(batch_size: int) -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_MEMORY):
             raise
-        raise InputError(f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
-                         "the weights), or free memory on that device") from error
+        raise InputError(
+            f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
+            "the weights), or free memory on that device"
+        ) from error

@@ -1,4 +1,5 @@
 """Files that appear whole or not at all, and folders that one process holds at a time."""
+
 from __future__ import annotations
 
 import fcntl
@@ -20,7 +21,9 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     partial = path.with_name(path.name + ".part")
     try:
-        with open(partial, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(
+            partial, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -29,7 +32,7 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
         try:
             partial.unlink(missing_ok=True)
         except OSError:
-            pass                       # the first error is the one worth telling
+            pass  # the first error is the one worth telling
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
@@ -40,10 +43,12 @@ _locks: set[IO] = set()
 
 def _leave_locks_to_parent() -> None:
     for file in _locks:
-        file.close()                   # closing a copy leaves the parent's lock as it is
+        file.close()  # closing a copy leaves the parent's lock as it is
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_parent)     # else a killed owner's helpers would hold on to its lock
+os.register_at_fork(
+    after_in_child=_leave_locks_to_parent
+)  # else a killed owner's helpers would hold on to its lock
 
 
 @contextmanager
@@ -58,7 +63,9 @@ def only_one(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{folder}: another process is writing there; wait for it, or choose another folder") from None
+            raise InputError(
+                f"{folder}: another process is writing there; wait for it, or choose another folder"
+            ) from None
         _locks.add(file)
         try:
             yield

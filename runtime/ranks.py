@@ -4,6 +4,7 @@ What they tell one another passes through torchrun's key-value store, by polling
 at any moment and last for days, and no threads are left for the forks of the decoding helpers to lose. Only
 training joins a process group besides. Without torchrun there is one rank and nothing to join.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -26,20 +27,26 @@ from runtime import cli, files
 from runtime.cli import InputError
 
 T = TypeVar("T")
-POLL = 0.02                # seconds between two looks at the store
-PIECE = 2**22              # bytes; the store drops connections that send twice as much at once
-LONGEST = timedelta(days=7)            # the first rank may write for long; that a rank has died is torchrun's to notice
+POLL = 0.02  # seconds between two looks at the store
+PIECE = 2**22  # bytes; the store drops connections that send twice as much at once
+LONGEST = timedelta(
+    days=7
+)  # the first rank may write for long; that a rank has died is torchrun's to notice
 _store: dist.Store | None = None
 _rank, _size = 0, 1
-_numbers = itertools.count()           # names in the store: all ranks ask for the same things in the same order
+_numbers = (
+    itertools.count()
+)  # names in the store: all ranks ask for the same things in the same order
 
 
 def run(main: Callable[[], None], if_stopped: str) -> None:
     """cli.run() for a script that torchrun may have started several times: one of the ranks says what ended them all."""
+
     def joined() -> None:
         _join()
         main()
         _leave()
+
     cli.run(joined, if_stopped)
 
 
@@ -50,8 +57,10 @@ def _join() -> None:
     try:
         _store, _rank, _size = next(dist.rendezvous("env://"))
     except ValueError as error:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that it sets is there "
-                         f"({error}); start with torchrun, or unset WORLD_SIZE") from None
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that it sets is there "
+            f"({error}); start with torchrun, or unset WORLD_SIZE"
+        ) from None
     cli.one_last_word(_is_first_to_end)
     if _rank:
         sys.stdout = open(os.devnull, "w")
@@ -68,11 +77,13 @@ def _leave() -> None:
 def _is_first_to_end() -> bool:
     try:
         return _store.add("ended", 1) == 1
-    except RuntimeError:               # torchrun itself is gone, and nobody else will speak
+    except RuntimeError:  # torchrun itself is gone, and nobody else will speak
         return True
 
 
-def _wait(ready: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None, pause: float = POLL) -> None:
+def _wait(
+    ready: Callable[[], bool], meanwhile: Callable[[], Any] = lambda: None, pause: float = POLL
+) -> None:
     while not ready():
         cli.stop_if_asked()
         meanwhile()
@@ -105,12 +116,16 @@ def gpu(asked: int | None) -> int | None:
     if _size == 1 or not torch.cuda.is_available() or (asked is not None and asked < 0):
         return asked
     if asked is not None:
-        raise InputError(f"--gpu {asked}: names one GPU, but of {_size} processes each takes its own; leave it out, and choose GPUs "
-                         "with CUDA_VISIBLE_DEVICES")
+        raise InputError(
+            f"--gpu {asked}: names one GPU, but of {_size} processes each takes its own; leave it out, and choose GPUs "
+            "with CUDA_VISIBLE_DEVICES"
+        )
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= count:
-        raise InputError(f"process {local + 1} of this machine finds no GPU left, torch sees {count}; start as many with "
-                         "--nproc_per_node, or give --gpu -1 to compute on the CPU")
+        raise InputError(
+            f"process {local + 1} of this machine finds no GPU left, torch sees {count}; start as many with "
+            "--nproc_per_node, or give --gpu -1 to compute on the CPU"
+        )
     return local
 
 
@@ -132,12 +147,14 @@ def gather(value: T) -> list[T]:
     name, data = f"gather {next(_numbers)}", pickle.dumps(value)
     starts = range(0, len(data), PIECE)
     for start in starts:
-        _store.set(f"{name} {_rank} {start}", data[start:start + PIECE])
+        _store.set(f"{name} {_rank} {start}", data[start : start + PIECE])
     _store.set(f"{name} {_rank}", str(len(data)))
     barrier()
     values = [pickle.loads(b"".join(_pieces(f"{name} {other}"))) for other in range(_size)]
     barrier()
-    for start in starts:               # the store keeps all in memory, and scores of whole corpora pass through it
+    for (
+        start
+    ) in starts:  # the store keeps all in memory, and scores of whole corpora pass through it
         _store.delete_key(f"{name} {_rank} {start}")
     return values
 
@@ -182,11 +199,16 @@ def process_group(device: torch.device) -> Iterator[None]:
     if _size == 1:
         yield
         return
-    barrier()                          # unlike what follows, this can be interrupted
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"group {next(_numbers)}", _store),
-                            rank=_rank, world_size=_size, timeout=LONGEST)
+    barrier()  # unlike what follows, this can be interrupted
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"group {next(_numbers)}", _store),
+        rank=_rank,
+        world_size=_size,
+        timeout=LONGEST,
+    )
     yield
-    dist.destroy_process_group()       # not after an error: the other ranks may be anywhere
+    dist.destroy_process_group()  # not after an error: the other ranks may be anywhere
 
 
 def parallel(network: nn.Module) -> nn.Module:
@@ -202,7 +224,9 @@ def mean(x: Tensor) -> Tensor:
         return x
     x = x.clone()
     dist.all_reduce(x)
-    if x.is_cuda:                      # who waited for the value itself could not be interrupted, and a rank may be gone
+    if (
+        x.is_cuda
+    ):  # who waited for the value itself could not be interrupted, and a rank may be gone
         reduced = torch.cuda.Event()
         reduced.record()
         _wait(reduced.query, pause=1e-3)
@@ -223,7 +247,9 @@ class SyncedBatchNorm(_BatchNorm):
 
     @classmethod
     def like(cls, norm: _BatchNorm) -> SyncedBatchNorm:
-        synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_mean.device)
+        synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine).to(
+            norm.running_mean.device
+        )
         synced.load_state_dict(norm.state_dict())
         for ours, theirs in zip(synced.parameters(), norm.parameters()):
             ours.requires_grad_(theirs.requires_grad)
@@ -251,14 +277,18 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dims, wide = (0, *range(2, x.dim())), (1, -1, *(1 for _ in x.shape[2:]))
         own_count = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
         sums = torch.cat([x.float().sum(dims), own_count])
         dist.all_reduce(sums)
         mean, count = sums[:-1] / sums[-1], sums[-1]
         centred = x.float() - mean.view(wide)
-        squares = centred.square().sum(dims)           # a second pass: the mean square less the squared mean cancels
+        squares = centred.square().sum(
+            dims
+        )  # a second pass: the mean square less the squared mean cancels
         dist.all_reduce(squares)
         variance = squares / count
         inverse = torch.rsqrt(variance + eps)
@@ -271,11 +301,13 @@ class _Normalise(torch.autograd.Function):
         return out.to(x.dtype), mean, variance, count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, *_: None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, weight, mean, inverse, count = ctx.saved_tensors
         dims, wide = ctx.dims, ctx.wide
         grad, normed = grad.float(), (x.float() - mean.view(wide)) * inverse.view(wide)
-        own = torch.stack([grad.sum(dims), (grad * normed).sum(dims)])         # (2, C)
+        own = torch.stack([grad.sum(dims), (grad * normed).sum(dims)])  # (2, C)
         joint = own.clone()
         dist.all_reduce(joint)
         along_one, along_normed = joint / count

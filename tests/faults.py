@@ -1,4 +1,5 @@
 """Ways to hurt the pipeline, shared by test_robustness.py and torture.py: faults of the disk, damage, hostile files."""
+
 from __future__ import annotations
 
 import builtins
@@ -32,23 +33,30 @@ from runtime import cli
 class Outcome:
     """How a child process ended."""
 
-    code: int                  # exit status; negative: the signal that killed it
+    code: int  # exit status; negative: the signal that killed it
     out: str
     err: str
     seconds: float
-    grown: int                 # bytes of memory at its peak, over what its parent had
+    grown: int  # bytes of memory at its peak, over what its parent had
 
     @property
     def refused(self) -> bool:
         """Whether it ended as a mistake of the user's should: exit code 2, one line, no traceback."""
         errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        return self.code == 2 and len(errors) == 1 and "Traceback" not in self.err and "Exception" not in self.err
+        return (
+            self.code == 2
+            and len(errors) == 1
+            and "Traceback" not in self.err
+            and "Exception" not in self.err
+        )
 
 
 class Child:
     """A forked process that runs `function` as a script's main(). Torch is imported already, so it starts at once."""
 
-    def __init__(self, function: Callable[[], None], if_stopped: str = "run the same command again"):
+    def __init__(
+        self, function: Callable[[], None], if_stopped: str = "run the same command again"
+    ):
         self.began = time.monotonic()
         self.files = [tempfile.TemporaryFile() for _ in range(2)]
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -90,8 +98,12 @@ class Child:
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
             file.close()
-        return Outcome(os.waitstatus_to_exitcode(ended[1]), *texts, time.monotonic() - self.began,
-                       max(0, ended[2].ru_maxrss - self.before) * 1024)
+        return Outcome(
+            os.waitstatus_to_exitcode(ended[1]),
+            *texts,
+            time.monotonic() - self.began,
+            max(0, ended[2].ru_maxrss - self.before) * 1024,
+        )
 
 
 def run_child(function: Callable[[], None], limit: float = 120) -> Outcome:
@@ -108,7 +120,13 @@ class Fuse:
     fdatasync, rename.
     """
 
-    def __init__(self, below: Path, at: int | None = None, blow: Callable[[], None] = lambda: None, halves: bool = True):
+    def __init__(
+        self,
+        below: Path,
+        at: int | None = None,
+        blow: Callable[[], None] = lambda: None,
+        halves: bool = True,
+    ):
         self.below, self.at, self.blow, self.halves, self.count = str(below), at, blow, halves, 0
 
     def tick(self) -> bool:
@@ -128,13 +146,14 @@ class Fuse:
         real_open = builtins.open
 
         def pwrite(descriptor: int, data: memoryview, offset: int) -> int:
-            self.burn(lambda: real["pwrite"](descriptor, data[:len(data) // 2], offset))
+            self.burn(lambda: real["pwrite"](descriptor, data[: len(data) // 2], offset))
             return real["pwrite"](descriptor, data, offset)
 
         def burning(name: str) -> Callable:
             def call(*arguments):
                 self.burn()
                 return real[name](*arguments)
+
             return call
 
         def opening(path, mode="r", *arguments, **options):
@@ -143,8 +162,15 @@ class Fuse:
             self.burn()
             return _Burning(real_open(path, mode, *arguments, **options), self)
 
-        with mock.patch.multiple(os, pwrite=pwrite, **{name: burning(name) for name in ("replace", "fsync", "fdatasync")}), \
-                mock.patch.object(builtins, "open", opening), mock.patch.object(io, "open", opening):
+        with (
+            mock.patch.multiple(
+                os,
+                pwrite=pwrite,
+                **{name: burning(name) for name in ("replace", "fsync", "fdatasync")},
+            ),
+            mock.patch.object(builtins, "open", opening),
+            mock.patch.object(io, "open", opening),
+        ):
             yield
 
 
@@ -165,8 +191,9 @@ class _Burning:
 
     def write(self, data) -> int:
         def half() -> None:
-            self._file.write(data[:len(data) // 2])
+            self._file.write(data[: len(data) // 2])
             self._file.flush()
+
         self._fuse.burn(half)
         return self._file.write(data)
 
@@ -186,6 +213,7 @@ def killed() -> None:
 def fails_with(number: int) -> Callable[[], None]:
     def fail() -> None:
         raise OSError(number, os.strerror(number))
+
     return fail
 
 
@@ -197,18 +225,30 @@ DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)
 def damage(path: Path, rng: random.Random, others: list[Path]) -> str:
     """Hurt a file in one of the ways that disks and people do; return what was done. It may happen to change nothing."""
     data = bytearray(path.read_bytes())
-    kind = rng.choice(["flip", "flip", "cut", "zero", "swap rows", "append", "remove", "empty", *(["swap files"] if others else [])])
+    kind = rng.choice(
+        [
+            "flip",
+            "flip",
+            "cut",
+            "zero",
+            "swap rows",
+            "append",
+            "remove",
+            "empty",
+            *(["swap files"] if others else []),
+        ]
+    )
     at, length = rng.randrange(len(data)), rng.randrange(1, 1 + len(data) // 2)
     if kind == "flip":
         data[at] ^= 1 << rng.randrange(8)
     elif kind == "cut":
         del data[at:]
     elif kind == "zero":
-        data[at:at + length] = bytes(len(data[at:at + length]))
+        data[at : at + length] = bytes(len(data[at : at + length]))
     elif kind == "swap rows":
         length = min(length, 4096)
         at = rng.randrange(max(1, len(data) - 2 * length))
-        data[at:at + 2 * length] = data[at + length:at + 2 * length] + data[at:at + length]
+        data[at : at + 2 * length] = data[at + length : at + 2 * length] + data[at : at + length]
     elif kind == "append":
         data += rng.randbytes(rng.randrange(1, 5000))
     elif kind == "empty":
@@ -248,7 +288,9 @@ class WithState:
         Path(state["canary"]).mkdir()
 
 
-def write_program(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes) -> Path:
+def write_program(
+    path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **members: bytes
+) -> Path:
     """A torch.save archive around a pickle made by hand."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in {"data.pkl": program, "version": b"3\n", **members}.items():
@@ -258,33 +300,71 @@ def write_program(path: Path, program: bytes, compression: int = zipfile.ZIP_STO
 
 def storage_program(shape: bytes, stride: bytes, count: bytes) -> bytes:
     """A float tensor on member data/0; the arguments are pickle instructions."""
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + count + b"tQ"
-    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + stride + b"\x89NtR."
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+        + count
+        + b"tQ"
+    )
+    return (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage
+        + b"K\x00"
+        + shape
+        + stride
+        + b"\x89NtR."
+    )
 
 
-DOUBLED = b"h\x00h\x00\x86q\x00"               # a pair of what the memo holds, in its place
-EMPTY_PAIR = b"\x80\x02)q\x00"                 # the empty tuple, memorised
-HOSTILE_PROGRAMS = {                           # name -> (pickle, what the refusal says)
-    "os.system": (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "refused, it names posix.system"),
+DOUBLED = b"h\x00h\x00\x86q\x00"  # a pair of what the memo holds, in its place
+EMPTY_PAIR = b"\x80\x02)q\x00"  # the empty tuple, memorised
+HOSTILE_PROGRAMS = {  # name -> (pickle, what the refusal says)
+    "os.system": (
+        b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
+        "refused, it names posix.system",
+    ),
     "protocol 4": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "SHORT_BINUNICODE"),
     "INST": (b"(S'true'\nios\nsystem\n.", "damaged"),
-    "key of 2^60 parts": (EMPTY_PAIR + DOUBLED * 60 + b"}h\x00K\x01s.", "neither text nor whole numbers"),
+    "key of 2^60 parts": (
+        EMPTY_PAIR + DOUBLED * 60 + b"}h\x00K\x01s.",
+        "neither text nor whole numbers",
+    ),
     "text of 2^60 parts": (EMPTY_PAIR + b"ctorch\ndevice\n" + DOUBLED * 60 + b"h\x00R.", "damaged"),
     "memo place 2^31": (b"\x80\x02K\x01r\xff\xff\xff\x7f\x85R.", "damaged"),
     "text of 2 GB": (b"\x80\x02X\xff\xff\xff\x7fabc.", "damaged"),
-    "no instructions": (b"", "damaged"), "no end": (b"\x80\x02", "damaged"), "no result": (b"\x80\x02.", "damaged"),
-    "items of nothing": (b"\x80\x02e.", "damaged"), "items without a start": (b"\x80\x02K\x01K\x02e.", "items without a start"),
+    "no instructions": (b"", "damaged"),
+    "no end": (b"\x80\x02", "damaged"),
+    "no result": (b"\x80\x02.", "damaged"),
+    "items of nothing": (b"\x80\x02e.", "damaged"),
+    "items without a start": (b"\x80\x02K\x01K\x02e.", "items without a start"),
     "4 million lists": (b"\x80\x02" + b"]" * 2**22 + b".", "unusual size"),
     "attributes of a list": (b"\x80\x02]K\x01b.", "attributes for a list"),
     "object of torch.Size": (b"\x80\x02ctorch\nSize\n)\x81.", "unusual way"),
-    "tensor of nothing": (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.", "damaged"),
-    "more values than stored": (storage_program(b"K\x03\x85", b"K\x01\x85", b"K\x02"), "larger than its storage"),
-    "stride beyond the end": (storage_program(b"K\x02\x85", b"K\x02\x85", b"K\x02"), "larger than its storage"),
-    "a billion values by stride 0": (storage_program(b"J\x00\x00\x00\x40\x85", b"K\x00\x85", b"K\x02"), "larger than its storage"),
-    "negative size": (storage_program(b"J\xff\xff\xff\xff\x85", b"K\x01\x85", b"K\x02"), "impossible size"),
+    "tensor of nothing": (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
+        "damaged",
+    ),
+    "more values than stored": (
+        storage_program(b"K\x03\x85", b"K\x01\x85", b"K\x02"),
+        "larger than its storage",
+    ),
+    "stride beyond the end": (
+        storage_program(b"K\x02\x85", b"K\x02\x85", b"K\x02"),
+        "larger than its storage",
+    ),
+    "a billion values by stride 0": (
+        storage_program(b"J\x00\x00\x00\x40\x85", b"K\x00\x85", b"K\x02"),
+        "larger than its storage",
+    ),
+    "negative size": (
+        storage_program(b"J\xff\xff\xff\xff\x85", b"K\x01\x85", b"K\x02"),
+        "impossible size",
+    ),
     "shape without stride": (storage_program(b"K\x02\x85", b")", b"K\x02"), "impossible size"),
     "lying storage": (storage_program(b"K\x02\x85", b"K\x01\x85", b"K\x63"), "a storage of 99"),
-    "storage of no size": (storage_program(b"K\x02\x85", b"K\x01\x85", b")"), "without a name or size"),
+    "storage of no size": (
+        storage_program(b"K\x02\x85", b"K\x01\x85", b")"),
+        "without a name or size",
+    ),
 }
 TWO_FLOATS = np.array([1, 2], np.float32).tobytes()
 
@@ -293,13 +373,31 @@ def hostile_objects(canary: Path) -> dict[str, object]:
     """Things that torch.save writes and that would do harm, or hold what is no data, when unpickled."""
     text = f"open({str(canary)!r}, 'w')"
     return {
-        "os.mkdir": Call(os.mkdir, str(canary)), "os.system": Call(os.system, f"touch {canary}"), "eval": Call(eval, text), "exec": Call(exec, text),
-        "open": Call(open, str(canary), "w"), "getattr": Call(getattr, "x", "upper"), "torch.load": Call(torch.load, str(canary)),
-        "torch.hub": Call(torch.hub.load, "a/b", "c"), "a class's __setstate__": WithState(canary), "a nested call": {"x": [Call(os.mkdir, str(canary))]},
-        "bytearray of 3 GB": Call(bytearray, 3 * 10**9), "sparse": torch.zeros(1).to_sparse(), "meta": torch.zeros(10**6, 10**6, device="meta"),
-        "quantised": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8), "complex": torch.zeros(2, dtype=torch.complex64),
-        "tuple as key": {("a", 1): 2}, "None as key": {None: 1}, "complex number": 1j, "numbers": 7, "text": "x" * 1000, "module cycle": endless_head("cycle"),
-        "2^60 modules": endless_head("doubling"), "long names": endless_head("names"), "modules of no dict": endless_head("list"), "2^60 lists": {"x": doubled(60)},
+        "os.mkdir": Call(os.mkdir, str(canary)),
+        "os.system": Call(os.system, f"touch {canary}"),
+        "eval": Call(eval, text),
+        "exec": Call(exec, text),
+        "open": Call(open, str(canary), "w"),
+        "getattr": Call(getattr, "x", "upper"),
+        "torch.load": Call(torch.load, str(canary)),
+        "torch.hub": Call(torch.hub.load, "a/b", "c"),
+        "a class's __setstate__": WithState(canary),
+        "a nested call": {"x": [Call(os.mkdir, str(canary))]},
+        "bytearray of 3 GB": Call(bytearray, 3 * 10**9),
+        "sparse": torch.zeros(1).to_sparse(),
+        "meta": torch.zeros(10**6, 10**6, device="meta"),
+        "quantised": torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+        "complex": torch.zeros(2, dtype=torch.complex64),
+        "tuple as key": {("a", 1): 2},
+        "None as key": {None: 1},
+        "complex number": 1j,
+        "numbers": 7,
+        "text": "x" * 1000,
+        "module cycle": endless_head("cycle"),
+        "2^60 modules": endless_head("doubling"),
+        "long names": endless_head("names"),
+        "modules of no dict": endless_head("list"),
+        "2^60 lists": {"x": doubled(60)},
     }
 
 
@@ -331,11 +429,29 @@ def hostile_archives(folder: Path) -> dict[str, Path]:
     """Archives that are made of members in an unusual way."""
     folder.mkdir(parents=True, exist_ok=True)
     zeros = bytes(50_000_000)
-    found = {"deflated bomb": write_program(folder / "deflated.pt", b"\x80\x02N.", zipfile.ZIP_DEFLATED, **{"data/0": zeros}),
-             "lzma bomb": write_program(folder / "lzma.pt", b"\x80\x02N.", zipfile.ZIP_LZMA, **{"data/0": zeros}),
-             "overlapping members": folder / "overlapping.pt", "two of one name": folder / "two.pt", "text": folder / "text.pt",
-             "legacy pickle": folder / "legacy.pt", "empty": folder / "empty.pt", "folder": folder / "folder.pt", "pipe": folder / "pipe.pt", "sparse 2 TB": folder / "large.pt"}
-    _overlap(write_program(found["overlapping members"], b"\x80\x02N.", **{f"data/{i}": b"0" * 100_000 for i in range(50)}))
+    found = {
+        "deflated bomb": write_program(
+            folder / "deflated.pt", b"\x80\x02N.", zipfile.ZIP_DEFLATED, **{"data/0": zeros}
+        ),
+        "lzma bomb": write_program(
+            folder / "lzma.pt", b"\x80\x02N.", zipfile.ZIP_LZMA, **{"data/0": zeros}
+        ),
+        "overlapping members": folder / "overlapping.pt",
+        "two of one name": folder / "two.pt",
+        "text": folder / "text.pt",
+        "legacy pickle": folder / "legacy.pt",
+        "empty": folder / "empty.pt",
+        "folder": folder / "folder.pt",
+        "pipe": folder / "pipe.pt",
+        "sparse 2 TB": folder / "large.pt",
+    }
+    _overlap(
+        write_program(
+            found["overlapping members"],
+            b"\x80\x02N.",
+            **{f"data/{i}": b"0" * 100_000 for i in range(50)},
+        )
+    )
     with zipfile.ZipFile(found["two of one name"], "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02N.")
         archive.writestr("y/data.pkl", b"\x80\x02K\x01.")
@@ -354,8 +470,8 @@ def _overlap(path: Path) -> None:
     data = bytearray(path.read_bytes())
     position, first = data.find(b"PK\x01\x02"), None
     while position >= 0:
-        offset = data[position + 42:position + 46]
+        offset = data[position + 42 : position + 46]
         first = first or bytes(offset)
-        data[position + 42:position + 46] = first
+        data[position + 42 : position + 46] = first
         position = data.find(b"PK\x01\x02", position + 46)
     path.write_bytes(data)

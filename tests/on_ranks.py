@@ -1,4 +1,5 @@
 """What test_ranks.py has torchrun start: `on_ranks.py CASE FOLDER [commands as JSON]`."""
+
 from __future__ import annotations
 
 import json
@@ -22,9 +23,17 @@ import preprocess
 from runtime import ranks
 from runtime.ranks import sync_batchnorms
 
-MAINS = {"preprocess": preprocess.main, "main_train": main_train.main, "generate_score": generate_score.main}
-NORMS = {"affine, 4 + 3 rows": (nn.BatchNorm2d(5), (7, 5, 2, 3)), "plain, 1 + 0 rows": (nn.BatchNorm2d(5, affine=False), (1, 5, 2, 3)),
-         "two dimensions": (nn.BatchNorm1d(5), (9, 5)), "far from zero": (nn.BatchNorm1d(5), (64, 5))}
+MAINS = {
+    "preprocess": preprocess.main,
+    "main_train": main_train.main,
+    "generate_score": generate_score.main,
+}
+NORMS = {
+    "affine, 4 + 3 rows": (nn.BatchNorm2d(5), (7, 5, 2, 3)),
+    "plain, 1 + 0 rows": (nn.BatchNorm2d(5, affine=False), (1, 5, 2, 3)),
+    "two dimensions": (nn.BatchNorm1d(5), (9, 5)),
+    "far from zero": (nn.BatchNorm1d(5), (64, 5)),
+}
 
 
 def commands(folder: Path, lines: str) -> None:
@@ -35,7 +44,10 @@ def commands(folder: Path, lines: str) -> None:
 @contextmanager
 def comparable() -> Iterator[None]:
     """No dropout: ranks drop out other units. float64: float32's rounding decides which nodes AASIST's pooling keeps."""
-    with mock.patch.object(torch.nn.functional, "dropout", lambda x, *_: x), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    with (
+        mock.patch.object(torch.nn.functional, "dropout", lambda x, *_: x),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
         torch.set_default_dtype(torch.float64)
         try:
             yield
@@ -55,6 +67,7 @@ def slow_second_rank(folder: Path, lines: str) -> None:
     def late(writer: preprocess.CacheWriter) -> object:
         time.sleep(ranks.rank())
         return real_states(writer)
+
     preprocess.CacheWriter.states, preprocess.FLUSH_EVERY = late, 1
     commands(folder, lines)
 
@@ -68,6 +81,7 @@ def interrupted(folder: Path, lines: str) -> None:
             os.kill(os.getppid(), signal.SIGINT)
             time.sleep(60)
         return real_compute(*arguments)
+
     preprocess.compute = stop_in_dev
     commands(folder, lines)
 
@@ -93,10 +107,24 @@ def norm(folder: Path) -> None:
             (out * factor).sum().backward()
             with main_train.frozen_batchnorm(layer):
                 again = layer(x)
-            torch.save({"out": out, "again": again, "eval": layer.eval()(x), "x": x.grad, "state": layer.state_dict(),
-                        "parameters": [p.grad for p in layer.parameters()]}, folder / f"{kind} {ranks.rank()}.pt")
+            torch.save(
+                {
+                    "out": out,
+                    "again": again,
+                    "eval": layer.eval()(x),
+                    "x": x.grad,
+                    "state": layer.state_dict(),
+                    "parameters": [p.grad for p in layer.parameters()],
+                },
+                folder / f"{kind} {ranks.rank()}.pt",
+            )
 
 
 if __name__ == "__main__":
-    case = {function.__name__: function for function in (commands, exactly, slow_second_rank, interrupted, norm)}[sys.argv[1]]
-    ranks.run(lambda: case(Path(sys.argv[2]), *sys.argv[3:]), if_stopped="run the same command again")
+    case = {
+        function.__name__: function
+        for function in (commands, exactly, slow_second_rank, interrupted, norm)
+    }[sys.argv[1]]
+    ranks.run(
+        lambda: case(Path(sys.argv[2]), *sys.argv[3:]), if_stopped="run the same command again"
+    )

@@ -1,4 +1,5 @@
 """Protocols, clips and the order of training.    python -m pytest tests/test_dataset.py"""
+
 from __future__ import annotations
 
 import gc
@@ -31,15 +32,27 @@ def codecfake(root: Path, text: str, part: str = "train") -> list[dataset.Trial]
 
 def test_codecfake_rows(tmp_path: Path) -> None:
     """No header, so the first row is a trial; trailing blanks, CRLF, a byte order mark and a missing last newline occur."""
-    trials = codecfake(tmp_path, "\ufeffSSB1.wav real 0\r\nF01_SSB1.wav fake 1 \r\n\r\nF07_a_b_.wav fake 7")
+    trials = codecfake(
+        tmp_path, "\ufeffSSB1.wav real 0\r\nF01_SSB1.wav fake 1 \r\n\r\nF07_a_b_.wav fake 7"
+    )
     assert [(t.name, t.label, t.source) for t in trials] == [
-        ("SSB1.wav", REAL, "-"), ("F01_SSB1.wav", FAKE, "F01"), ("F07_a_b_.wav", FAKE, "F07")]
+        ("SSB1.wav", REAL, "-"),
+        ("F01_SSB1.wav", FAKE, "F01"),
+        ("F07_a_b_.wav", FAKE, "F07"),
+    ]
     assert trials[0].path == f"{tmp_path}/train/SSB1.wav"
 
 
 def test_codecfake_two_columns_and_string_tags(tmp_path: Path) -> None:
-    trials = codecfake(tmp_path, "Y3.wav real\nL_Y3.wav fake\n", "A3") + codecfake(tmp_path, "Y3.wav real L3\nx.wav fake L3\n", "A3")
-    assert [(t.label, t.source) for t in trials] == [(REAL, "-"), (FAKE, "-"), (REAL, "-"), (FAKE, "L3")]
+    trials = codecfake(tmp_path, "Y3.wav real\nL_Y3.wav fake\n", "A3") + codecfake(
+        tmp_path, "Y3.wav real L3\nx.wav fake L3\n", "A3"
+    )
+    assert [(t.label, t.source) for t in trials] == [
+        (REAL, "-"),
+        (FAKE, "-"),
+        (REAL, "-"),
+        (FAKE, "L3"),
+    ]
 
 
 @pytest.mark.parametrize("folder", ["test/A1", "A1", "test/L1", "L1"])
@@ -52,7 +65,10 @@ def test_codecfake_layouts_seen_in_the_wild(tmp_path: Path, folder: str) -> None
 
 def test_asvspoof_rows(corpora: Path) -> None:
     trials = read_protocol("19LA", corpora / "LA", "eval")
-    assert [(t.name, t.label, t.source) for t in trials[:2]] == [("LA_E_1000000", REAL, "-"), ("LA_E_1000001", FAKE, "A07")]
+    assert [(t.name, t.label, t.source) for t in trials[:2]] == [
+        ("LA_E_1000000", REAL, "-"),
+        ("LA_E_1000001", FAKE, "A07"),
+    ]
     assert len(trials) == 8, "the folder's stray ninth file is in no protocol"
     assert protocols.find_missing(trials) == []
 
@@ -72,26 +88,43 @@ def test_in_the_wild_without_header_and_with_commas_in_names(tmp_path: Path) -> 
 def test_in_the_wild_with_the_references_label_file(tmp_path: Path) -> None:
     (tmp_path / "label.txt").write_text("- 17 - - spoof\n- 18 - - bonafide\n")
     trials = read_protocol("ITW", tmp_path, "all")
-    assert [(t.name, t.label, t.path) for t in trials] == [("17", FAKE, f"{tmp_path}/wav/17.wav"), ("18", REAL, f"{tmp_path}/wav/18.wav")]
+    assert [(t.name, t.label, t.path) for t in trials] == [
+        ("17", FAKE, f"{tmp_path}/wav/17.wav"),
+        ("18", REAL, f"{tmp_path}/wav/18.wav"),
+    ]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a.wav real 0\nb.wav genuine 0\n", r"train\.txt:2: expected the label real or fake, got 'genuine'"),
-    ("a.wav\n", r"train\.txt:1: expected `name\.wav real\|fake tag`, got 1 columns"),
-    ("a.wav real 0\n\n../../etc/passwd real 0\n", r"train\.txt:3: expected a plain file name"),
-    ("/etc/passwd real 0\n", "plain file name"),
-    ("a\x1b[31m.wav real 0\n", "plain file name"),
-    ("x" * 10_000_000 + " real 0\n", r"train\.txt:1: .*over 4096 characters"),
-    ("", r"train\.txt: has no rows"), ("\n \n", r"train\.txt: has no rows"),
-    ("a.wav real 0\nb.wav fake 1\na.wav fake 1\n", r"train\.txt: a\.wav is in it as bona fide and as spoof; take the wrong row out"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "a.wav real 0\nb.wav genuine 0\n",
+            r"train\.txt:2: expected the label real or fake, got 'genuine'",
+        ),
+        ("a.wav\n", r"train\.txt:1: expected `name\.wav real\|fake tag`, got 1 columns"),
+        ("a.wav real 0\n\n../../etc/passwd real 0\n", r"train\.txt:3: expected a plain file name"),
+        ("/etc/passwd real 0\n", "plain file name"),
+        ("a\x1b[31m.wav real 0\n", "plain file name"),
+        ("x" * 10_000_000 + " real 0\n", r"train\.txt:1: .*over 4096 characters"),
+        ("", r"train\.txt: has no rows"),
+        ("\n \n", r"train\.txt: has no rows"),
+        (
+            "a.wav real 0\nb.wav fake 1\na.wav fake 1\n",
+            r"train\.txt: a\.wav is in it as bona fide and as spoof; take the wrong row out",
+        ),
+    ],
+)
 def test_bad_rows_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         codecfake(tmp_path, text)
 
 
 def test_a_row_that_is_there_twice_counts_twice(tmp_path: Path) -> None:
-    assert [t.name for t in codecfake(tmp_path, "a.wav real 0\nb.wav fake 1\nb.wav fake 1\n")] == ["a.wav", "b.wav", "b.wav"]
+    assert [t.name for t in codecfake(tmp_path, "a.wav real 0\nb.wav fake 1\nb.wav fake 1\n")] == [
+        "a.wav",
+        "b.wav",
+        "b.wav",
+    ]
 
 
 def test_a_binary_protocol_is_named(tmp_path: Path) -> None:
@@ -132,7 +165,10 @@ def test_absent_files_are_counted_once_with_the_first_names(tmp_path: Path) -> N
     trials = read_protocol("codecfake", root, "C1")
     missing = protocols.find_missing(trials)
     assert [t.name for t in missing] == ["F01_s_000.wav"]
-    assert "1 of 4 files" in (line := protocols.describe_missing(missing, 4)) and "F01_s_000.wav" in line
+    assert (
+        "1 of 4 files" in (line := protocols.describe_missing(missing, 4))
+        and "F01_s_000.wav" in line
+    )
 
 
 # ── Clips ──
@@ -142,8 +178,12 @@ def test_a_long_clip_is_cut_and_a_short_one_repeated(tmp_path: Path) -> None:
     long, short = np.linspace(-0.5, 0.5, 70_000), np.linspace(-0.5, 0.5, 1_000)
     for name, wave in (("long", long), ("short", short)):
         soundfile.write(tmp_path / f"{name}.wav", wave, 16_000, subtype="FLOAT")
-    np.testing.assert_array_equal(load_clip(tmp_path / "long.wav"), long[:CLIP_SAMPLES].astype(np.float32))
-    np.testing.assert_array_equal(load_clip(tmp_path / "short.wav"), np.resize(short, CLIP_SAMPLES).astype(np.float32))
+    np.testing.assert_array_equal(
+        load_clip(tmp_path / "long.wav"), long[:CLIP_SAMPLES].astype(np.float32)
+    )
+    np.testing.assert_array_equal(
+        load_clip(tmp_path / "short.wav"), np.resize(short, CLIP_SAMPLES).astype(np.float32)
+    )
 
 
 def test_finite_samples_too_large_to_compute_with_are_refused(tmp_path: Path) -> None:
@@ -152,7 +192,10 @@ def test_finite_samples_too_large_to_compute_with_are_refused(tmp_path: Path) ->
     samples[::2] *= -1
     soundfile.write(tmp_path / "slow.wav", samples[:, 0], 8_000, subtype="FLOAT")
     for name in ("stereo.wav", "slow.wav"):
-        with warnings.catch_warnings(), pytest.raises(InputError, match=f"{name}: holds samples that are not finite"):
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(InputError, match=f"{name}: holds samples that are not finite"),
+        ):
             warnings.simplefilter("error")
             load_clip(tmp_path / name)
 
@@ -170,23 +213,29 @@ def test_a_single_sample_is_a_clip(tmp_path: Path) -> None:
 
 
 def test_integers_are_scaled_and_nothing_is_clamped(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "int.wav", np.array([-32768, 16384] * 100, np.int16), 16_000, subtype="PCM_16")
+    soundfile.write(
+        tmp_path / "int.wav", np.array([-32768, 16384] * 100, np.int16), 16_000, subtype="PCM_16"
+    )
     soundfile.write(tmp_path / "loud.wav", np.array([2.5, -3.0] * 100), 16_000, subtype="FLOAT")
     assert load_clip(tmp_path / "int.wav")[:2].tolist() == [-1.0, 0.5]
     assert load_clip(tmp_path / "loud.wav")[:2].tolist() == [2.5, -3.0]
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "x.wav", np.tile([[0.5, -0.25, 0.25]], (100, 1)), 16_000, subtype="FLOAT")
+    soundfile.write(
+        tmp_path / "x.wav", np.tile([[0.5, -0.25, 0.25]], (100, 1)), 16_000, subtype="FLOAT"
+    )
     torch.testing.assert_close(load_clip(tmp_path / "x.wav"), torch.full((CLIP_SAMPLES,), 1 / 6))
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 24_000, 44_100, 48_000, 384_000])
 def test_a_resampled_tone_keeps_its_pitch_and_level(tmp_path: Path, rate: int) -> None:
-    tone = lambda r, n: 0.3 * np.sin(2 * np.pi * 440 * np.arange(n) / r)            # noqa: E731
+    tone = lambda r, n: 0.3 * np.sin(2 * np.pi * 440 * np.arange(n) / r)  # noqa: E731
     soundfile.write(tmp_path / "x.wav", tone(rate, 5 * rate), rate, subtype="FLOAT")
-    middle = slice(2_000, 60_000)                 # the filter rings at the start
-    np.testing.assert_allclose(load_clip(tmp_path / "x.wav").numpy()[middle], tone(16_000, CLIP_SAMPLES)[middle], atol=2e-4)
+    middle = slice(2_000, 60_000)  # the filter rings at the start
+    np.testing.assert_allclose(
+        load_clip(tmp_path / "x.wav").numpy()[middle], tone(16_000, CLIP_SAMPLES)[middle], atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("rate", [8_000, 24_000, 44_100, 48_000])
@@ -200,7 +249,9 @@ def test_reading_only_the_start_equals_reading_all(tmp_path: Path, rate: int) ->
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100])
 def test_odd_rates_are_resampled_by_the_same_filter(rate: int) -> None:
-    wave = torch.from_numpy(np.random.default_rng(rate).normal(0, 0.1, rate // 2).astype(np.float32))
+    wave = torch.from_numpy(
+        np.random.default_rng(rate).normal(0, 0.1, rate // 2).astype(np.float32)
+    )
     plain = audio.resample(wave, rate)
     torch.testing.assert_close(audio._resample_directly(wave, rate), plain, atol=1e-5, rtol=0)
 
@@ -210,10 +261,24 @@ def test_a_rate_without_a_small_ratio_loads(tmp_path: Path) -> None:
     assert load_clip(tmp_path / "x.wav").shape == (CLIP_SAMPLES,)
 
 
-@pytest.mark.parametrize("suffix, options", [("flac", {}), ("ogg", {}), ("mp3", {}), ("wav", {"subtype": "PCM_24"}), ("wav", {"subtype": "PCM_U8"})])
+@pytest.mark.parametrize(
+    "suffix, options",
+    [
+        ("flac", {}),
+        ("ogg", {}),
+        ("mp3", {}),
+        ("wav", {"subtype": "PCM_24"}),
+        ("wav", {"subtype": "PCM_U8"}),
+    ],
+)
 def test_formats_people_have(tmp_path: Path, suffix: str, options: dict) -> None:
     t = np.arange(32_000) / 16_000
-    soundfile.write(tmp_path / f"x.{suffix}", np.stack([0.3 * np.sin(2 * np.pi * 300 * t)] * 2, 1), 16_000, **options)
+    soundfile.write(
+        tmp_path / f"x.{suffix}",
+        np.stack([0.3 * np.sin(2 * np.pi * 300 * t)] * 2, 1),
+        16_000,
+        **options,
+    )
     assert 0.18 < load_clip(tmp_path / f"x.{suffix}").std() < 0.24
 
 
@@ -228,14 +293,31 @@ def test_bad_audio_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "folder.wav").mkdir()
     os.mkfifo(tmp_path / "pipe.wav")
     (tmp_path / "loop.wav").symlink_to(tmp_path / "loop.wav")
-    for name, message in (("empty", "no samples"), ("nan", "not finite"), ("inf", "not finite"), ("text", "cannot be read as audio"),
-                          ("zero", "cannot be read"), ("folder", "not a regular file"), ("pipe", "not a regular file"),
-                          ("loop", "symbolic links"), ("absent", "No such file")):
+    for name, message in (
+        ("empty", "no samples"),
+        ("nan", "not finite"),
+        ("inf", "not finite"),
+        ("text", "cannot be read as audio"),
+        ("zero", "cannot be read"),
+        ("folder", "not a regular file"),
+        ("pipe", "not a regular file"),
+        ("loop", "symbolic links"),
+        ("absent", "No such file"),
+    ):
         with pytest.raises(InputError, match=rf"{name}\.wav: .*{message}"):
             load_clip(tmp_path / f"{name}.wav")
 
 
-@pytest.mark.parametrize("name, subtype", [("x.wav", "PCM_16"), ("x.aiff", "PCM_16"), ("x.au", "PCM_16"), ("x.wav", "GSM610"), ("x.wav", "IMA_ADPCM")])
+@pytest.mark.parametrize(
+    "name, subtype",
+    [
+        ("x.wav", "PCM_16"),
+        ("x.aiff", "PCM_16"),
+        ("x.au", "PCM_16"),
+        ("x.wav", "GSM610"),
+        ("x.wav", "IMA_ADPCM"),
+    ],
+)
 def test_a_recording_cut_short_is_refused(tmp_path: Path, name: str, subtype: str) -> None:
     """A copy that broke off would otherwise be a shorter clip, repeated; behind the samples that are used it may end anywhere."""
     path = tmp_path / name
@@ -244,7 +326,10 @@ def test_a_recording_cut_short_is_refused(tmp_path: Path, name: str, subtype: st
     os.truncate(path, int(0.97 * size))
     torch.testing.assert_close(load_clip(path), whole, rtol=0, atol=0)
     os.truncate(path, size // 2)
-    with pytest.raises(InputError, match=rf"{name}: cut short: announces \d+ bytes of samples, has \d+; fetch the file again"):
+    with pytest.raises(
+        InputError,
+        match=rf"{name}: cut short: announces \d+ bytes of samples, has \d+; fetch the file again",
+    ):
         load_clip(path)
 
 
@@ -259,26 +344,43 @@ def test_lengths_of_sloppy_writers_and_pipes_are_read_past(tmp_path: Path, annou
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_of_clips_come_in_order_with_failures_beside(tmp_path: Path, num_workers: int) -> None:
-    paths = [str(write_tone(tmp_path / f"{i}.wav", seed=i, rate=16_000 if i else 24_000)) for i in range(5)]
+def test_batches_of_clips_come_in_order_with_failures_beside(
+    tmp_path: Path, num_workers: int
+) -> None:
+    paths = [
+        str(write_tone(tmp_path / f"{i}.wav", seed=i, rate=16_000 if i else 24_000))
+        for i in range(5)
+    ]
     Path(paths[3]).write_text("broken")
     batches = list(dataset.clip_batches(paths, [[0, 1], [2, 3], [4]], num_workers))
     assert [b.rows for b in batches] == [[0, 1], [2], [4]]
     assert list(batches[1].failures) == [3] and "3.wav" in batches[1].failures[3]
     assert torch.equal(batches[2].clips[0], load_clip(paths[4]))
     assert sum((b.rates for b in batches), Counter()) == {24_000: 1, 16_000: 3}
-    assert "24000 Hz (1 files)" in dataset.describe_rates(batches[0].rates) and dataset.describe_rates(batches[2].rates) is None
+    assert (
+        "24000 Hz (1 files)" in dataset.describe_rates(batches[0].rates)
+        and dataset.describe_rates(batches[2].rates) is None
+    )
 
 
 # ── The order of training ──
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=2), batch_size=st.integers(1, 64), epoch=st.integers(1, 4))
-def test_shuffled_batches_hold_every_row_once(sizes: list[int], batch_size: int, epoch: int) -> None:
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=2),
+    batch_size=st.integers(1, 64),
+    epoch=st.integers(1, 4),
+)
+def test_shuffled_batches_hold_every_row_once(
+    sizes: list[int], batch_size: int, epoch: int
+) -> None:
     batches = dataset.shuffled_batches(sizes, batch_size, 688, epoch)
     assert sorted(np.concatenate(batches)) == list(range(sum(sizes)))
-    assert all(len(batch) == batch_size for batch in batches[:-1]) and 0 < len(batches[-1]) <= batch_size
+    assert (
+        all(len(batch) == batch_size for batch in batches[:-1])
+        and 0 < len(batches[-1]) <= batch_size
+    )
 
 
 @settings(max_examples=100, deadline=None)
@@ -291,12 +393,16 @@ def test_proportional_batches(sizes: tuple[int, int], batch_size: int) -> None:
     drawn = []
     for batches in epochs:
         for batch in batches:
-            assert in_larger(batch).any() and not in_larger(batch).all() and len(batch) <= batch_size
+            assert (
+                in_larger(batch).any() and not in_larger(batch).all() and len(batch) <= batch_size
+            )
         rows = np.concatenate(batches)
         assert len(np.unique(rows[in_larger(rows)])) == sizes[large] == in_larger(rows).sum()
         drawn += list(rows[~in_larger(rows)])
-    passes = [drawn[i:i + min(sizes)] for i in range(0, len(drawn), min(sizes))]
-    assert all(len(set(one)) == len(one) for one in passes), "no repeat before the smaller corpus is exhausted"
+    passes = [drawn[i : i + min(sizes)] for i in range(0, len(drawn), min(sizes))]
+    assert all(len(set(one)) == len(one) for one in passes), (
+        "no repeat before the smaller corpus is exhausted"
+    )
 
 
 def test_proportions_of_the_full_corpora() -> None:

@@ -1,4 +1,5 @@
 """Metrics and score files. Run: python -m pytest tests/test_eval_metrics.py"""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +21,7 @@ from runtime.cli import InputError
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT.parent / "shared" / "reference" / "scores"
 
-few_values = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)       # many ties
+few_values = st.lists(st.integers(-4, 4).map(float), min_size=1, max_size=12)  # many ties
 any_values = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
 
 
@@ -32,7 +33,9 @@ def official_eer(target, nontarget):
     def errors(threshold):
         return sum(s <= threshold for s in target), sum(s > threshold for s in nontarget)
 
-    best = min(thresholds, key=lambda t: abs(errors(t)[0] * m - errors(t)[1] * n))     # min() takes the first
+    best = min(
+        thresholds, key=lambda t: abs(errors(t)[0] * m - errors(t)[1] * n)
+    )  # min() takes the first
     return (errors(best)[0] / n + errors(best)[1] / m) / 2, best
 
 
@@ -50,15 +53,20 @@ def test_eer_follows_the_official_rule(target, nontarget):
         assert threshold < min(target + nontarget)
 
 
-@pytest.mark.parametrize("target, nontarget, expected", [
-    ([1.0], [0.0], 0.0),
-    ([0.0], [1.0], 1.0),
-    ([2, 3, 4, 5], [0, 1, 2.5, 1.5], 0.25),            # one of four on either side
-    ([0.5] * 7, [0.5] * 3, 0.5),                       # the official code says 1.0
-    ([1, 1, 1, 0], [1, 0, 0, 0], 0.25),                # ties are one threshold
-])
+@pytest.mark.parametrize(
+    "target, nontarget, expected",
+    [
+        ([1.0], [0.0], 0.0),
+        ([0.0], [1.0], 1.0),
+        ([2, 3, 4, 5], [0, 1, 2.5, 1.5], 0.25),  # one of four on either side
+        ([0.5] * 7, [0.5] * 3, 0.5),  # the official code says 1.0
+        ([1, 1, 1, 0], [1, 0, 0, 0], 0.25),  # ties are one threshold
+    ],
+)
 def test_eer_of_hand_computed_cases(target, nontarget, expected):
-    assert compute_eer(np.array(target, float), np.array(nontarget, float))[0] == pytest.approx(expected, abs=1e-15)
+    assert compute_eer(np.array(target, float), np.array(nontarget, float))[0] == pytest.approx(
+        expected, abs=1e-15
+    )
 
 
 @given(few_values, few_values)
@@ -67,9 +75,14 @@ def test_det_curve_runs_from_all_accepted_to_all_rejected(target, nontarget):
     assert len(frr) == len(far) == len(thresholds) == len({*target, *nontarget}) + 1
     assert (frr[0], far[0], frr[-1], far[-1]) == (0, 1, 1, 0)
     assert thresholds[0] < min(target + nontarget) and thresholds[-1] == max(target + nontarget)
-    assert np.all(np.diff(frr) >= 0) and np.all(np.diff(far) <= 0) and np.all(np.diff(thresholds) > 0)
+    assert (
+        np.all(np.diff(frr) >= 0) and np.all(np.diff(far) <= 0) and np.all(np.diff(thresholds) > 0)
+    )
     for i, threshold in enumerate(thresholds):
-        assert (frr[i], far[i]) == (np.mean(np.array(target) <= threshold), np.mean(np.array(nontarget) > threshold))
+        assert (frr[i], far[i]) == (
+            np.mean(np.array(target) <= threshold),
+            np.mean(np.array(nontarget) > threshold),
+        )
 
 
 @given(few_values, few_values)
@@ -89,14 +102,21 @@ def test_increasing_maps_leave_the_eer_unchanged(target, nontarget):
         assert compute_eer(increasing(np.array(target)), increasing(np.array(nontarget)))[0] == eer
 
 
-@given(st.lists(st.integers(-4, 4), min_size=1, max_size=12), st.lists(st.integers(-4, 4), min_size=1, max_size=12))
+@given(
+    st.lists(st.integers(-4, 4), min_size=1, max_size=12),
+    st.lists(st.integers(-4, 4), min_size=1, max_size=12),
+)
 def test_swapping_the_classes_and_negating_leaves_the_eer_unchanged(target, nontarget):
     target, nontarget = np.array(target, float), np.array(nontarget, float)
     frr, far, _ = compute_det_curve(target, nontarget)
     gaps = np.abs(frr - far)
     best = np.unique(np.round((frr + far)[gaps <= gaps.min() + 1e-12], 12))
-    if len(best) == 1:                 # of two equally good thresholds the rule takes the lower, which negating turns round
-        assert compute_eer(-nontarget, -target)[0] == pytest.approx(compute_eer(target, nontarget)[0])
+    if (
+        len(best) == 1
+    ):  # of two equally good thresholds the rule takes the lower, which negating turns round
+        assert compute_eer(-nontarget, -target)[0] == pytest.approx(
+            compute_eer(target, nontarget)[0]
+        )
 
 
 @given(any_values, any_values, st.randoms())
@@ -137,7 +157,9 @@ def test_min_dcf_by_hand():
     # Thresholds: reject one real of four (FRR 0.25, FAR 0), or accept one fake of two (FRR 0, FAR 0.5).
     # (0.95 FRR + 0.5 FAR) / 0.5 = 0.475 or 0.5.
     assert eval_metrics.compute_min_dcf([0, 2, 3, 4], [-1, 1]) == pytest.approx(0.475)
-    assert eval_metrics.compute_min_dcf([0], [1]) == pytest.approx(1.0)      # rejecting nothing costs 0.5 / 0.5
+    assert eval_metrics.compute_min_dcf([0], [1]) == pytest.approx(
+        1.0
+    )  # rejecting nothing costs 0.5 / 0.5
 
 
 def test_act_dcf_by_hand():
@@ -145,21 +167,36 @@ def test_act_dcf_by_hand():
     # One real of two below -0.642; one fake of four at or above it: (0.95 * 0.5 + 0.5 * 0.25) / 0.5.
     assert eval_metrics.compute_act_dcf([-0.65, -0.64], [-1, -2, -0.7, 0]) == pytest.approx(1.2)
     at = eval_metrics.BAYES_THRESHOLD
-    assert eval_metrics.compute_act_dcf([at], [at]) == pytest.approx(1.0)    # at the threshold is accepted
+    assert eval_metrics.compute_act_dcf([at], [at]) == pytest.approx(
+        1.0
+    )  # at the threshold is accepted
 
 
 def test_cllr_by_hand():
     assert eval_metrics.compute_cllr([0, 0], [0]) == pytest.approx(1.0)
     # log2(1 + 1/3) for the real one at ln 3, log2(1 + 1/7) for the fake one at -ln 7.
-    assert eval_metrics.compute_cllr([math.log(3)], [-math.log(7)]) == pytest.approx((math.log2(4 / 3) + math.log2(8 / 7)) / 2)
-    assert eval_metrics.compute_cllr([-2000.0], [2000.0]) == pytest.approx(2000 / math.log(2))       # no overflow
+    assert eval_metrics.compute_cllr([math.log(3)], [-math.log(7)]) == pytest.approx(
+        (math.log2(4 / 3) + math.log2(8 / 7)) / 2
+    )
+    assert eval_metrics.compute_cllr([-2000.0], [2000.0]) == pytest.approx(
+        2000 / math.log(2)
+    )  # no overflow
 
 
 def test_min_tdcf_2019_by_hand(tmp_path):
     # ASV: threshold 1 by the EER's rule (FRR 1/4, FAR 1/4), then misses below 1: 0; false accepts from 1: 1/4;
     # spoofs below 1: 2 of 4. C1 = 0.9405 (1 - 0) - 0.0095 * 10 / 4 = 0.91675, C2 = 10 * 0.05 * (1 - 1/2) = 0.25.
-    (tmp_path / "asv.txt").write_text("".join(f"- {key} {score}\n" for key, scores in {
-        "target": (1, 2, 3, 4), "nontarget": (2.5, 0, -1, -2), "spoof": (0, 0.5, 1, 2)}.items() for score in scores))
+    (tmp_path / "asv.txt").write_text(
+        "".join(
+            f"- {key} {score}\n"
+            for key, scores in {
+                "target": (1, 2, 3, 4),
+                "nontarget": (2.5, 0, -1, -2),
+                "spoof": (0, 0.5, 1, 2),
+            }.items()
+            for score in scores
+        )
+    )
     asv = score_files.read_asv_scores(tmp_path / "asv.txt")
     # CM: FRR 0 with FAR 1/4 (0.0625), or FRR 1/2 with FAR 0: the first, over min(C1, C2) = 0.25.
     assert eval_metrics.compute_min_tdcf_2019([1, 3], [0, 0, 0, 2], asv) == pytest.approx(0.25)
@@ -172,12 +209,16 @@ def test_min_tdcf_2019_by_hand(tmp_path):
 def test_min_tdcf_2019_is_normalised_by_the_cheaper_of_the_two_constant_decisions():
     # ASV threshold -1: misses 2 of 4, accepts 3 of 4 nontargets and all spoofs.
     # C1 = 0.9405 / 2 - 0.095 * 3 / 4 = 0.399 is below C2 = 0.5: rejecting all is the cheaper one, and costs 1.
-    asv = score_files.AsvScores(np.array([-3, -2, -1, 5.0]), np.array([0, 0.1, 0.2, -5]), np.array([6.0, 7]))
+    asv = score_files.AsvScores(
+        np.array([-3, -2, -1, 5.0]), np.array([0, 0.1, 0.2, -5]), np.array([6.0, 7])
+    )
     assert eval_metrics.compute_min_tdcf_2019([0], [0], asv) == pytest.approx(1.0)
 
 
 def test_asv_scores_that_leave_no_tandem_cost_are_refused():
-    asv = score_files.AsvScores(np.array([0.0, 1]), np.array([0.0, 1]), np.array([-5.0]))       # every spoof is missed
+    asv = score_files.AsvScores(
+        np.array([0.0, 1]), np.array([0.0, 1]), np.array([-5.0])
+    )  # every spoof is missed
     with pytest.raises(InputError, match="tandem cost of zero or less"):
         eval_metrics.compute_min_tdcf_2019([1], [0], asv)
 
@@ -200,12 +241,16 @@ def test_log_odds_undo_softmax_and_count_what_it_saturated():
     back = eval_metrics.to_log_odds(1 / (1 + np.exp(-llrs)))
     assert back.n_saturated == 0
     np.testing.assert_allclose(back.llrs, llrs, rtol=1e-9)
-    beyond_float32 = eval_metrics.to_log_odds([1 - 2.0**-40, 1.0])             # what float64 still tells from 1 is kept
+    beyond_float32 = eval_metrics.to_log_odds(
+        [1 - 2.0**-40, 1.0]
+    )  # what float64 still tells from 1 is kept
     np.testing.assert_allclose(beyond_float32.llrs, 40 * math.log(2))
     assert beyond_float32.n_saturated == 1
     saturated = eval_metrics.to_log_odds([0.0, 1.0, 1.0, 0.5])
     assert saturated.n_saturated == 3
-    np.testing.assert_allclose(saturated.llrs, [-149 * math.log(2), 24 * math.log(2), 24 * math.log(2), 0], atol=1e-6)
+    np.testing.assert_allclose(
+        saturated.llrs, [-149 * math.log(2), 24 * math.log(2), 24 * math.log(2), 0], atol=1e-6
+    )
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
@@ -220,7 +265,9 @@ def test_errors_at_a_threshold_by_hand():
     assert eval_metrics.errors_at(0.5, [0.5, 0.6, 0.4], [0.5, 0.6, 0.7, 0.1]) == (2, 2)
 
 
-@pytest.mark.parametrize("scores, expected", [([0.0, 1.0], True), ([0.5, 1.5], False), ([-0.1, 0.5], False), ([], False)])
+@pytest.mark.parametrize(
+    "scores, expected", [([0.0, 1.0], True), ([0.5, 1.5], False), ([-0.1, 0.5], False), ([], False)]
+)
 def test_scores_outside_0_and_1_are_no_probabilities(scores, expected):
     assert eval_metrics.are_probabilities(np.array(scores)) is expected
 
@@ -233,8 +280,13 @@ def test_rule_of_three_bounds_what_no_error_in_n_allows():
 
 # ── Score files ──────────────────────────────────────────────────────────────────────────────────
 
-names_strategy = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=8)
-                          .filter(lambda name: name.split() == [name]), max_size=8, unique=True)
+names_strategy = st.lists(
+    st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=8).filter(
+        lambda name: name.split() == [name]
+    ),
+    max_size=8,
+    unique=True,
+)
 
 
 @settings(max_examples=50)
@@ -242,7 +294,10 @@ names_strategy = st.lists(st.text(st.characters(exclude_categories=["Z", "C"]), 
 def test_scores_survive_a_round_trip_to_the_last_bit(tmp_path_factory, names, data):
     path = tmp_path_factory.mktemp("scores") / "C1_result.txt"
     scores = [data.draw(st.floats(allow_nan=False, allow_infinity=False)) for _ in names]
-    words = [data.draw(st.sampled_from(["real", "fake", "bonafide", "bona-fide", "spoof"])) for _ in names]
+    words = [
+        data.draw(st.sampled_from(["real", "fake", "bonafide", "bona-fide", "spoof"]))
+        for _ in names
+    ]
     write_scores(path, names, scores, words)
     back = read_scores(path)
     assert list(back.names) == names
@@ -250,15 +305,18 @@ def test_scores_survive_a_round_trip_to_the_last_bit(tmp_path_factory, names, da
     assert back.is_real.tolist() == [word.startswith(("real", "bona")) for word in words]
 
 
-@pytest.mark.parametrize("names, scores, words, message", [
-    (["a", "b"], [0.1], ["real", "fake"], "as many names"),
-    (["a b"], [0.1], ["real"], "without blanks, got 'a b'"),
-    ([""], [0.1], ["real"], "without blanks"),
-    (["a"], [math.nan], ["real"], "finite score for 'a', got nan"),
-    (["a"], [math.inf], ["real"], "finite"),
-    (["a", "a"], [0.1, 0.2], ["real", "real"], "'a' again"),
-    (["a"], [0.1], ["genuine"], "one of real.*'genuine'"),
-])
+@pytest.mark.parametrize(
+    "names, scores, words, message",
+    [
+        (["a", "b"], [0.1], ["real", "fake"], "as many names"),
+        (["a b"], [0.1], ["real"], "without blanks, got 'a b'"),
+        ([""], [0.1], ["real"], "without blanks"),
+        (["a"], [math.nan], ["real"], "finite score for 'a', got nan"),
+        (["a"], [math.inf], ["real"], "finite"),
+        (["a", "a"], [0.1, 0.2], ["real", "real"], "'a' again"),
+        (["a"], [0.1], ["genuine"], "one of real.*'genuine'"),
+    ],
+)
 def test_what_cannot_be_read_back_is_not_written(tmp_path, names, scores, words, message):
     path = tmp_path / "C1_result.txt"
     path.write_text("old\n")
@@ -267,38 +325,50 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path, names, scores, words,
     assert path.read_text() == "old\n" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("text", [
-    "a 0.5 real\nb 0.25 fake\n",
-    "a 0.5 real\r\nb 0.25 fake\r\n",                   # CRLF
-    "a 0.5 real \nb\t0.25  fake  \n\n \n",             # trailing blanks and blank lines
-    "\n\na 0.5 bonafide\n\nb 0.25 spoof",              # blank lines within, none at the end
-    "\ufeffa 0.5 bona-fide\nb 0.25 spoof\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a 0.5 real\nb 0.25 fake\n",
+        "a 0.5 real\r\nb 0.25 fake\r\n",  # CRLF
+        "a 0.5 real \nb\t0.25  fake  \n\n \n",  # trailing blanks and blank lines
+        "\n\na 0.5 bonafide\n\nb 0.25 spoof",  # blank lines within, none at the end
+        "\ufeffa 0.5 bona-fide\nb 0.25 spoof\n",
+    ],
+)
 def test_harmless_differences_between_editors_are_read(tmp_path, text):
     (tmp_path / "s.txt").write_bytes(text.encode())
     trials = read_scores(tmp_path / "s.txt")
-    assert (list(trials.names), trials.scores.tolist(), trials.is_real.tolist()) == (["a", "b"], [0.5, 0.25], [True, False])
+    assert (list(trials.names), trials.scores.tolist(), trials.is_real.tolist()) == (
+        ["a", "b"],
+        [0.5, 0.25],
+        [True, False],
+    )
 
 
-@pytest.mark.parametrize("bad, message", [
-    ("b 0.5", "got 2 column"),
-    ("b 0.5 real 1", "got 4 column"),
-    ("b x real", "expected a number as the score, got 'x'"),
-    ("b 1_0 real", "expected a number as the score"),
-    ("b 0.5 genuine", "expected one of real, .*got 'genuine'"),
-    ("b nan real", "expected a finite score, got nan"),
-    ("b -inf real", "expected a finite score, got -inf"),
-    ("a 0.5 real", "expected each trial once, got 'a' 2 times"),
-    ("0.5 real\nc", "got 2 column"),                   # three columns only if the line end is ignored
-    ("\n0.5 real", "got 2 column"),                    # the line end before it is no name
-    ("\n\0 0.5 real", "expected"),
-    ("b\xff 0.5 real", "expected a name in UTF-8"),
-    pytest.param("x" * 10_000_000, "got 1 column", id="10 MB in one line"),
-])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ("b 0.5", "got 2 column"),
+        ("b 0.5 real 1", "got 4 column"),
+        ("b x real", "expected a number as the score, got 'x'"),
+        ("b 1_0 real", "expected a number as the score"),
+        ("b 0.5 genuine", "expected one of real, .*got 'genuine'"),
+        ("b nan real", "expected a finite score, got nan"),
+        ("b -inf real", "expected a finite score, got -inf"),
+        ("a 0.5 real", "expected each trial once, got 'a' 2 times"),
+        ("0.5 real\nc", "got 2 column"),  # three columns only if the line end is ignored
+        ("\n0.5 real", "got 2 column"),  # the line end before it is no name
+        ("\n\0 0.5 real", "expected"),
+        ("b\xff 0.5 real", "expected a name in UTF-8"),
+        pytest.param("x" * 10_000_000, "got 1 column", id="10 MB in one line"),
+    ],
+)
 @pytest.mark.parametrize("blank_lines", [0, 2])
 def test_malformed_rows_are_named_by_file_and_row(tmp_path, bad, message, blank_lines):
     path = tmp_path / "C1_result.txt"
-    path.write_bytes(b"\n" * blank_lines + b"a 0.5 real\n" + bad.encode("latin-1") + b"\nd 0.5 fake\n")
+    path.write_bytes(
+        b"\n" * blank_lines + b"a 0.5 real\n" + bad.encode("latin-1") + b"\nd 0.5 fake\n"
+    )
     row = blank_lines + 2 + bad.startswith("\n")
     with pytest.raises(InputError, match=message) as error:
         read_scores(path)
@@ -309,7 +379,9 @@ def test_malformed_rows_are_named_by_file_and_row(tmp_path, bad, message, blank_
 def test_unlabelled_recordings_are_written_but_cannot_be_evaluated(tmp_path):
     write_scores(tmp_path / "audio_result.txt", ["a.mp3"], [0.25], [score_files.UNLABELLED])
     assert (tmp_path / "audio_result.txt").read_text() == "a.mp3 0.25 -\n"
-    with pytest.raises(InputError, match=r"audio_result\.txt:1: .*got '-' \(a recording without a label"):
+    with pytest.raises(
+        InputError, match=r"audio_result\.txt:1: .*got '-' \(a recording without a label"
+    ):
         read_scores(tmp_path / "audio_result.txt")
 
 
@@ -339,6 +411,8 @@ def test_published_score_files_are_read_to_their_last_row():
 @pytest.mark.parametrize("module", ["eval_metrics", "evaluate_score"])
 def test_importing_brings_no_heavy_library(module):
     """Each of them takes longer to import than the rest of the program to start."""
-    script = (f"import sys, {module}; heavy = {{'torch', 'sklearn', 'matplotlib', 'soundfile', 'scipy'}} & set(sys.modules);"
-              "assert not heavy, heavy")
+    script = (
+        f"import sys, {module}; heavy = {{'torch', 'sklearn', 'matplotlib', 'soundfile', 'scipy'}} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

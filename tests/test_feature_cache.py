@@ -1,4 +1,5 @@
 """The feature cache, both ends.    python -m pytest tests/test_feature_cache.py"""
+
 from __future__ import annotations
 
 import json
@@ -25,7 +26,9 @@ from runtime.cli import InputError
 
 SHAPE = (505, 80)
 FRONT_END = {"feat": "mel", "clip_samples": 64_600}
-TRIALS = [Trial(f"LA_T_{n}", f"/nowhere/{n}.flac", n % 2, f"A0{n}" if n % 2 else "-") for n in range(10)]
+TRIALS = [
+    Trial(f"LA_T_{n}", f"/nowhere/{n}.flac", n % 2, f"A0{n}" if n % 2 else "-") for n in range(10)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -70,14 +73,17 @@ def test_the_plain_way_to_read_agrees(folder: Path, values: np.ndarray) -> None:
 
 
 def test_bytes_are_half_of_the_references(folder: Path) -> None:
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 0.51 * 10 * 4 * SHAPE[0] * SHAPE[1] + 5_000
+    assert (
+        sum(path.stat().st_size for path in folder.iterdir())
+        < 0.51 * 10 * 4 * SHAPE[0] * SHAPE[1] + 5_000
+    )
 
 
 def test_an_interrupted_cache_goes_on(tmp_path: Path, values: np.ndarray) -> None:
     first = writer(tmp_path)
     first.write([0, 1, 5], values[[0, 1, 5]])
     first.flush()
-    first.write([2], values[[2]])              # written but never marked: as if killed here
+    first.write([2], values[[2]])  # written but never marked: as if killed here
     second = writer(tmp_path)
     assert np.flatnonzero(second.states() == NOT_YET).tolist() == [2, 3, 4, 6, 7, 8, 9]
     with pytest.raises(InputError, match="7 of 10 rows are not extracted yet; run preprocess.py"):
@@ -87,9 +93,13 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path, values: np.ndarray) -> Non
     assert np.array_equal(FeatureCache(tmp_path).read(np.arange(10))[0], values)
 
 
-def test_a_kill_while_the_files_are_laid_out(tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_the_files_are_laid_out(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real_dump = json.dump
-    monkeypatch.setattr(feature_cache.json, "dump", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        feature_cache.json, "dump", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         writer(tmp_path)
     assert not (tmp_path / "cache.json").exists()
@@ -107,17 +117,34 @@ def test_failed_rows_are_left_out_of_training(folder: Path) -> None:
     cache.close()
     found = FeatureCache(folder)
     found.require_complete()
-    assert len(found.labels) == 8 and found.names[0] == "LA_T_1" and (found.states == FAILED).sum() == 2
+    assert (
+        len(found.labels) == 8
+        and found.names[0] == "LA_T_1"
+        and (found.states == FAILED).sum() == 2
+    )
     assert (folder / "failed.txt").read_text() == "LA_T_0\tbroken\nLA_T_7\tabsent\n"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"front_end": FRONT_END | {"clip_samples": 1}}, "clip_samples 64600, this run would make 1"),
-    ({"front_end": FRONT_END | {"weights_sha256": "ab"}}, "weights_sha256 None, this run would make 'ab'"),
-    ({"dtype": "float32"}, "dtype 'float16'"), ({"shape": (505, 81)}, "dim 80"),
-    ({"trials": TRIALS[:-1]}, "rows 10"), ({"trials": TRIALS[::-1]}, "protocol_sha256"),
-])
-def test_a_cache_made_with_something_else_is_refused(folder: Path, change: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"front_end": FRONT_END | {"clip_samples": 1}},
+            "clip_samples 64600, this run would make 1",
+        ),
+        (
+            {"front_end": FRONT_END | {"weights_sha256": "ab"}},
+            "weights_sha256 None, this run would make 'ab'",
+        ),
+        ({"dtype": "float32"}, "dtype 'float16'"),
+        ({"shape": (505, 81)}, "dim 80"),
+        ({"trials": TRIALS[:-1]}, "rows 10"),
+        ({"trials": TRIALS[::-1]}, "protocol_sha256"),
+    ],
+)
+def test_a_cache_made_with_something_else_is_refused(
+    folder: Path, change: dict, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         writer(folder, **change)
 
@@ -130,7 +157,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, values: np.ndarray) -> None:
     values[3, 0, 0] = 1e5
-    with pytest.raises(InputError, match="3.flac: its feature reaches 1e.05, which float16 cannot hold; give --dtype float32"):
+    with pytest.raises(
+        InputError,
+        match="3.flac: its feature reaches 1e.05, which float16 cannot hold; give --dtype float32",
+    ):
         writer(tmp_path / "half").write(range(10), values)
     wide = writer(tmp_path / "single", dtype="float32")
     wide.write(range(10), values)
@@ -138,19 +168,28 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, values: np.
     assert np.array_equal(FeatureCache(tmp_path / "single").read(np.array([3]))[0][0], values[3])
 
 
-def test_a_full_disk_is_seen_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache.os, "statvfs", lambda path: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)))
+def test_a_full_disk_is_seen_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        feature_cache.os,
+        "statvfs",
+        lambda path: os.statvfs_result((4096, 4096, 9, 9, 9, 0, 0, 0, 0, 255)),
+    )
     with pytest.raises(InputError, match="the cache needs 0.0 GB, 0.0 GB are free"):
         writer(tmp_path / "x")
 
 
-def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up_loses_nothing(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = writer(tmp_path)
     cache.write(range(4), values[:4])
     cache.flush()
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(feature_cache.os, "pwrite", full)
     with pytest.raises(OSError) as caught:
         cache.write([4], values[[4]])
@@ -169,7 +208,10 @@ def test_a_flipped_bit_in_a_row_is_found_and_named(folder: Path, row: int) -> No
     shard.write_bytes(data)
     cache = FeatureCache(folder)
     assert cache.damaged_rows() == [row]
-    with pytest.raises(InputError, match=rf"features_{row // 4:05d}\.npy: row {row} \(LA_T_{row}\) is damaged; run preprocess.py --verify --repair"):
+    with pytest.raises(
+        InputError,
+        match=rf"features_{row // 4:05d}\.npy: row {row} \(LA_T_{row}\) is damaged; run preprocess.py --verify --repair",
+    ):
         cache.read(np.arange(10))
 
 
@@ -188,13 +230,26 @@ def test_no_flipped_bit_of_the_index_goes_unseen(folder: Path) -> None:
         data[bit // 8] ^= 1 << bit % 8
         (folder / "index.npy").write_bytes(data)
         states = FeatureCache(folder).states
-        assert states[(bit // 8 - (len(whole) - 80)) // 8] == DAMAGED and (states == DONE).sum() == 9
-    with pytest.raises(InputError, match="1 of 10 rows are damaged in index.npy; run preprocess.py --verify --repair"):
+        assert (
+            states[(bit // 8 - (len(whole) - 80)) // 8] == DAMAGED and (states == DONE).sum() == 9
+        )
+    with pytest.raises(
+        InputError,
+        match="1 of 10 rows are damaged in index.npy; run preprocess.py --verify --repair",
+    ):
         FeatureCache(folder).require_complete()
 
 
 @pytest.mark.parametrize("name", ["cache.json", "trials.tsv", "index.npy", "features_00001.npy"])
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b"", lambda b: bytes([b[0] ^ 1]) + b[1:], lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b[:-1],
+        lambda b: b"",
+        lambda b: bytes([b[0] ^ 1]) + b[1:],
+        lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:],
+    ],
+)
 def test_damaged_files_are_named(folder: Path, name: str, damage) -> None:
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(InputError, match=name):
@@ -221,14 +276,24 @@ def test_reading_ahead_equals_reading(folder: Path, threads: int) -> None:
     cache = FeatureCache(folder)
     batches = [np.array([3, 1]), np.array([9, 8, 7]), np.array([0])] * 3
     found = list(read_ahead(cache, batches, threads))
-    assert all(torch.equal(a, cache.read(rows)[0]) and torch.equal(b, cache.read(rows)[1]) for (a, b), rows in zip(found, batches))
+    assert all(
+        torch.equal(a, cache.read(rows)[0]) and torch.equal(b, cache.read(rows)[1])
+        for (a, b), rows in zip(found, batches)
+    )
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_features_are_pinned_for_a_gpu(folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)         # there is no GPU to pin for
+def test_features_are_pinned_for_a_gpu(
+    folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: tensor + 1
+    )  # there is no GPU to pin for
     cache, rows = FeatureCache(folder), np.array([3, 1])
-    (plain, _), (pinned, _) = *read_ahead(cache, [rows], threads), *read_ahead(cache, [rows], threads, pin=True)
+    (plain, _), (pinned, _) = (
+        *read_ahead(cache, [rows], threads),
+        *read_ahead(cache, [rows], threads, pin=True),
+    )
     assert torch.equal(pinned, plain + 1)
 
 
@@ -246,14 +311,22 @@ def test_joined_parts_number_their_rows_on(folder: Path, values: np.ndarray) -> 
 def powers(count: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
     """Positive and negative values over twelve decades, as mel bands of one frame lie apart."""
     rng = np.random.default_rng(3)
-    return (rng.choice([-1, 1], (count, *shape)) * 10 ** rng.uniform(-9, 3, (count, *shape))).astype(np.float32)
+    return (
+        rng.choice([-1, 1], (count, *shape)) * 10 ** rng.uniform(-9, 3, (count, *shape))
+    ).astype(np.float32)
 
 
 def assert_within_bound(found: np.ndarray, values: np.ndarray) -> None:
     """encode()'s own promise, with room for float32's last digits."""
-    size, peak = np.abs(values.astype(np.float64)), np.abs(values.astype(np.float64)).max(axis=-1, keepdims=True)
+    size, peak = (
+        np.abs(values.astype(np.float64)),
+        np.abs(values.astype(np.float64)).max(axis=-1, keepdims=True),
+    )
     assert found.dtype == np.float32 and np.isfinite(found).all()
-    assert (np.abs(found - values.astype(np.float64)) <= np.sqrt(peak * size) / 127 + peak / 254**2 + 1e-6 * size).all()
+    assert (
+        np.abs(found - values.astype(np.float64))
+        <= np.sqrt(peak * size) / 127 + peak / 254**2 + 1e-6 * size
+    ).all()
 
 
 def test_eight_bits_keep_every_band_of_a_frame() -> None:
@@ -271,7 +344,7 @@ def test_extreme_frames_decode_within_the_bound(peak: float) -> None:
     """Silence, which has no peak to divide by, and values whose own code must not decode to infinity."""
     values = np.linspace(-1, 1, 2 * 5 * 81).reshape(2, 5, 81).astype(np.float32) * np.float32(peak)
     values[0, 1] = 0
-    values[1, 2, :-1] = 0                       # one outlier
+    values[1, 2, :-1] = 0  # one outlier
     assert_within_bound(decode(encode(values, "sqrt8")).numpy(), values)
 
 
@@ -296,19 +369,34 @@ def test_an_eight_bit_cache_gives_back_what_its_code_holds(tmp_path: Path) -> No
             cache.close()
     order = np.array([9, 0, 4, 4])
     features, labels = FeatureCache(tmp_path / "one").read(order)
-    assert torch.equal(features, decode(encode(values, "sqrt8"))[order]) and labels.tolist() == [1, 0, 0, 0]
-    plain = np.concatenate([np.load(path) for path in sorted((tmp_path / "one").glob("features_*.npy"))])
+    assert torch.equal(features, decode(encode(values, "sqrt8"))[order]) and labels.tolist() == [
+        1,
+        0,
+        0,
+        0,
+    ]
+    plain = np.concatenate(
+        [np.load(path) for path in sorted((tmp_path / "one").glob("features_*.npy"))]
+    )
     code = plain["code"].astype(np.float32)
-    np.testing.assert_allclose(features, (plain["scale"][..., None] * code * np.abs(code))[order], rtol=1e-6)
+    np.testing.assert_allclose(
+        features, (plain["scale"][..., None] * code * np.abs(code))[order], rtol=1e-6
+    )
     files = [path.name for path in (tmp_path / "one").iterdir()]
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    assert all(
+        (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+        for name in files
+    )
     with pytest.raises(InputError, match="dtype 'sqrt8', this run would make 'float16'"):
         writer(tmp_path / "one")
 
 
 def test_eight_bit_rows_take_a_quarter_of_the_references_bytes() -> None:
     assert len(encode(np.ones((1, 201, 1024), np.float32), "sqrt8").tobytes()) <= 0.251 * 824_774
-    assert len(encode(np.ones((1, *SHAPE), np.float32), "sqrt8").tobytes()) <= 0.263 * 4 * SHAPE[0] * SHAPE[1]
+    assert (
+        len(encode(np.ones((1, *SHAPE), np.float32), "sqrt8").tobytes())
+        <= 0.263 * 4 * SHAPE[0] * SHAPE[1]
+    )
 
 
 @pytest.mark.parametrize("offset", [0, 777, 4 * SHAPE[0], 4 * SHAPE[0] + SHAPE[0] * SHAPE[1] - 1])
@@ -347,7 +435,9 @@ def test_a_batch_whose_files_all_failed_writes_nothing(tmp_path: Path, dtype: st
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
     values = powers(10)
     values[3, 5, 6] = value
-    with pytest.raises(InputError, match=f"3.flac: its feature reaches (nan|inf), which {dtype} cannot hold"):
+    with pytest.raises(
+        InputError, match=f"3.flac: its feature reaches (nan|inf), which {dtype} cannot hold"
+    ):
         writer(tmp_path, dtype=dtype).write(range(10), values)
 
 
@@ -364,12 +454,25 @@ def reference_folder(folder: Path, names: list[str], tensor: torch.Tensor) -> Pa
 def test_the_references_files_are_read_as_they_are(tmp_path: Path) -> None:
     """Labels follow the last underscore; mel is stored frequency first."""
     mel = torch.randn(1, 80, 505)
-    folder = reference_folder(tmp_path / "train/mel", ["000000_SSB13650058.wav_real.pt", "000001_F01_real_one.wav_fake.pt"], mel)
+    folder = reference_folder(
+        tmp_path / "train/mel",
+        ["000000_SSB13650058.wav_real.pt", "000001_F01_real_one.wav_fake.pt"],
+        mel,
+    )
     features = open_features(tmp_path, "train", "mel")
-    assert features.names == ["SSB13650058.wav", "F01_real_one.wav"] and features.labels.tolist() == [REAL, FAKE]
-    torch.testing.assert_close(features.read(np.array([1, 0]))[0], torch.stack([mel[0].T + 1, mel[0].T]))
+    assert features.names == [
+        "SSB13650058.wav",
+        "F01_real_one.wav",
+    ] and features.labels.tolist() == [REAL, FAKE]
+    torch.testing.assert_close(
+        features.read(np.array([1, 0]))[0], torch.stack([mel[0].T + 1, mel[0].T])
+    )
     xlsr = torch.randn(1, 201, 1024)
-    folder = reference_folder(tmp_path / "la/train/xls-r-5", ["00000_LA_T_1138215_-_bonafide.pt", "00001_LA_T_1_A05_spoof.pt"], xlsr)
+    folder = reference_folder(
+        tmp_path / "la/train/xls-r-5",
+        ["00000_LA_T_1138215_-_bonafide.pt", "00001_LA_T_1_A05_spoof.pt"],
+        xlsr,
+    )
     found = ReferenceFeatures(folder, "xls-r-5")
     assert found.labels.tolist() == [REAL, FAKE] and torch.equal(found.read(np.array([0]))[0], xlsr)
     found.check_protocol([Trial("LA_T_1138215", "", REAL, "-"), Trial("LA_T_1", "", FAKE, "A05")])
@@ -377,15 +480,24 @@ def test_the_references_files_are_read_as_they_are(tmp_path: Path) -> None:
         found.check_protocol([Trial("LA_T_1138215", "", REAL, "-")])
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.pt", torch.zeros(1, 80, 505), "x.pt: expected the reference's"),
-    ("0_a_genuine.pt", torch.zeros(1, 80, 505), "expected the reference's"),
-    ("0_a_real.pt", torch.zeros(1, 201, 1024), r"expected a tensor \(1, 80, 505\) of --feat mel, got \(1, 201, 1024\)"),
-    ("0_a_real.pt", {"a": 1}, "got dict"),
-    ("0_a_real.pt", torch.full((1, 80, 505), float("nan")), "not finite"),
-    ("0_a_real.pt", torch.zeros(3, 80, 505, 10), "got a file of"),
-])
-def test_other_files_in_such_a_folder_are_named(tmp_path: Path, name: str, content: object, message: str) -> None:
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.pt", torch.zeros(1, 80, 505), "x.pt: expected the reference's"),
+        ("0_a_genuine.pt", torch.zeros(1, 80, 505), "expected the reference's"),
+        (
+            "0_a_real.pt",
+            torch.zeros(1, 201, 1024),
+            r"expected a tensor \(1, 80, 505\) of --feat mel, got \(1, 201, 1024\)",
+        ),
+        ("0_a_real.pt", {"a": 1}, "got dict"),
+        ("0_a_real.pt", torch.full((1, 80, 505), float("nan")), "not finite"),
+        ("0_a_real.pt", torch.zeros(3, 80, 505, 10), "got a file of"),
+    ],
+)
+def test_other_files_in_such_a_folder_are_named(
+    tmp_path: Path, name: str, content: object, message: str
+) -> None:
     (tmp_path / "train/mel").mkdir(parents=True)
     torch.save(content, tmp_path / "train/mel" / name)
     with pytest.raises(InputError, match=message):
@@ -396,6 +508,7 @@ def test_a_feature_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Runs:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "was_here"),)
+
     (tmp_path / "train/mel").mkdir(parents=True)
     torch.save(Runs(), tmp_path / "train/mel/0_a_real.pt")
     with pytest.raises(InputError, match="refused, it names posix.mkdir"):
@@ -405,7 +518,10 @@ def test_a_feature_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_a_wrong_features_folder_says_what_is_there(folder: Path) -> None:
     root = folder.parent.parent
-    with pytest.raises(InputError, match=r"expected the features of --feat xls-r-5, found mel there.*-f \(Codecfake\)"):
+    with pytest.raises(
+        InputError,
+        match=r"expected the features of --feat xls-r-5, found mel there.*-f \(Codecfake\)",
+    ):
         open_features(root, "train", "xls-r-5")
     with pytest.raises(InputError, match="found no features under"):
         open_features(root, "dev", "mel")

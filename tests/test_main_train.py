@@ -1,4 +1,5 @@
 """The training loop.    python -m pytest tests/test_main_train.py"""
+
 from __future__ import annotations
 
 import copy
@@ -38,7 +39,9 @@ def without_dropout(head: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind, sharpness", [("adam", None), ("sam", SAM)])
-def test_three_steps_follow_the_published_dynamics(reference: Path, kind: str, sharpness: Sharpness | None) -> None:
+def test_three_steps_follow_the_published_dynamics(
+    reference: Path, kind: str, sharpness: Sharpness | None
+) -> None:
     """Losses to 1e-5, running statistics to 1e-5 and 1e-4: the latter show whether SAM's second pass left them alone."""
     from safetensors.torch import load_file
 
@@ -51,7 +54,12 @@ def test_three_steps_follow_the_published_dynamics(reference: Path, kind: str, s
     np.testing.assert_allclose(losses, expected["losses"], atol=1e-5)
     state = head.state_dict()
     for name, values in expected["running"].items():
-        np.testing.assert_allclose(state[name][:6], values, atol=1e-5 if name.startswith("first_bn.") else 1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            state[name][:6],
+            values,
+            atol=1e-5 if name.startswith("first_bn.") else 1e-4,
+            err_msg=name,
+        )
     with torch.inference_mode():
         np.testing.assert_allclose(head.eval()(features)[1], expected["logits_after"], atol=0.1)
 
@@ -69,11 +77,21 @@ def test_the_perturbation_is_that_of_the_papers(sharpness: Sharpness) -> None:
     head = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     head(torch.randn(5, 3)).square().sum().backward()
     before = {p: value for p, value in main_train.climb(head, sharpness)}
-    moved = torch.cat([((p - value) / (value.abs() if sharpness.adaptive else 1)).flatten() for p, value in before.items()])
+    moved = torch.cat(
+        [
+            ((p - value) / (value.abs() if sharpness.adaptive else 1)).flatten()
+            for p, value in before.items()
+        ]
+    )
     torch.testing.assert_close(moved.norm(), torch.tensor(sharpness.rho), atol=1e-5, rtol=0)
     for p, value in before.items():
         direction = p.grad * (value.square() if sharpness.adaptive else 1)
-        torch.testing.assert_close(F.normalize((p - value).flatten(), dim=0), F.normalize(direction.flatten(), dim=0), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            F.normalize((p - value).flatten(), dim=0),
+            F.normalize(direction.flatten(), dim=0),
+            atol=1e-4,
+            rtol=0,
+        )
     main_train.descend(list(before.items()))
     assert all(torch.equal(p, value) for p, value in before.items())
 
@@ -92,14 +110,26 @@ def test_batchnorm_statistics_are_left_alone_in_the_second_pass() -> None:
 # ── Runs ──
 
 
-def make_features(folder: Path, n: int, seed: int, task: str = "codecfake", shift: float = 0.05, dtype: str = "float16") -> Path:
+def make_features(
+    folder: Path,
+    n: int,
+    seed: int,
+    task: str = "codecfake",
+    shift: float = 0.05,
+    dtype: str = "float16",
+) -> Path:
     """A mel cache whose classes differ a little."""
     for part, rows in (("train", n), ("dev", 6)):
         rng = np.random.default_rng((seed, rows))
         labels = np.arange(rows) % 3 > 0
         values = rng.random((rows, 505, 80), np.float32) * 0.1 + shift * labels[:, None, None]
-        writer = CacheWriter(folder / part / "mel", [Trial(f"{task}{i}.wav", "", int(f), "-") for i, f in enumerate(labels)],
-                             {"feat": "mel"}, (505, 80), dtype)
+        writer = CacheWriter(
+            folder / part / "mel",
+            [Trial(f"{task}{i}.wav", "", int(f), "-") for i, f in enumerate(labels)],
+            {"feat": "mel"},
+            (505, 80),
+            dtype,
+        )
         writer.write(range(rows), values)
         writer.close()
     return folder
@@ -112,8 +142,29 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def train(features: tuple[Path, Path], out: Path, *options: str, task: str = "co-train") -> Path:
-    main_train.main(["-t", task, "-m", "lcnn", "--feat", "mel", "-f", str(features[0]), "-f1", str(features[1]), "-o", str(out),
-                     "--batch_size", "4", "--num_workers", "1", "--gpu", "-1", *options])
+    main_train.main(
+        [
+            "-t",
+            task,
+            "-m",
+            "lcnn",
+            "--feat",
+            "mel",
+            "-f",
+            str(features[0]),
+            "-f1",
+            str(features[1]),
+            "-o",
+            str(out),
+            "--batch_size",
+            "4",
+            "--num_workers",
+            "1",
+            "--gpu",
+            "-1",
+            *options,
+        ]
+    )
     return out
 
 
@@ -122,14 +173,21 @@ def weights(out: Path, name: str = "anti-spoofing_feat_model.pt") -> bytes:
 
 
 @pytest.mark.parametrize("options", [(), ("--CSAM",), ("--ASAM", "True")])
-def test_two_epochs_resumed_for_two_equal_four(features, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_two_epochs_resumed_for_two_equal_four(
+    features, tmp_path: Path, options: tuple[str, ...]
+) -> None:
     """To the last bit: weights, optimiser, schedule, order (CSAM's smaller corpus carries over) and dropout all go on."""
     whole = train(features, tmp_path / "whole", "--num_epochs", "4", *options)
     halves = train(features, tmp_path / "halves", "--num_epochs", "2", *options)
     train(features, halves, "--num_epochs", "4", "--continue_training", *options)
-    for name in ("anti-spoofing_feat_model.pt", *(f"checkpoint/anti-spoofing_feat_model_{epoch}.pt" for epoch in (1, 2, 3, 4))):
+    for name in (
+        "anti-spoofing_feat_model.pt",
+        *(f"checkpoint/anti-spoofing_feat_model_{epoch}.pt" for epoch in (1, 2, 3, 4)),
+    ):
         assert weights(whole, name) == weights(halves, name), name
-    assert weights(whole, "checkpoint/anti-spoofing_feat_model_3.pt") != weights(whole, "checkpoint/anti-spoofing_feat_model_4.pt")
+    assert weights(whole, "checkpoint/anti-spoofing_feat_model_3.pt") != weights(
+        whole, "checkpoint/anti-spoofing_feat_model_4.pt"
+    )
 
 
 def test_eight_bit_features_train_as_exact_ones_do(tmp_path: Path) -> None:
@@ -138,12 +196,21 @@ def test_eight_bit_features_train_as_exact_ones_do(tmp_path: Path) -> None:
     losses = []
     for dtype in ("float32", "sqrt8"):
         features = make_features(tmp_path / dtype, 12, 0, shift=0.3, dtype=dtype)
-        out = train((features, features), tmp_path / f"{dtype}_model", "--num_epochs", "2", task="codecfake")
-        losses.append([(record["loss"], record["dev_loss"]) for record in map(json.loads, (out / "log.jsonl").read_text().splitlines())])
+        out = train(
+            (features, features), tmp_path / f"{dtype}_model", "--num_epochs", "2", task="codecfake"
+        )
+        losses.append(
+            [
+                (record["loss"], record["dev_loss"])
+                for record in map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            ]
+        )
     np.testing.assert_allclose(losses[1], losses[0], atol=0.1)
 
 
-def test_a_run_goes_on_in_the_middle_of_an_epoch(features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_in_the_middle_of_an_epoch(
+    features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = train(features, tmp_path / "whole", "--num_epochs", "2", "--SAM")
     steps = 0
     real_step = main_train.Run.step
@@ -151,9 +218,10 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(features, tmp_path: Path, monke
     def stop_at_the_fifth(run, *arguments):
         nonlocal steps
         steps += 1
-        if steps == 5:                 # an epoch has three steps; this is the second of epoch 2
+        if steps == 5:  # an epoch has three steps; this is the second of epoch 2
             raise KeyboardInterrupt
         real_step(run, *arguments)
+
     monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
     monkeypatch.setattr(main_train.Run, "step", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +243,11 @@ def test_what_a_run_leaves_behind(features, tmp_path: Path, capsys: pytest.Captu
     assert printed.count("dev EER") == 3 and any((out / "tensorboard").iterdir())
     best = min(records, key=lambda record: record["dev_loss"])
     head = model.load_head(out)
-    assert head.info["epoch"] == best["epoch"] and head.info["train_task"] == "co-train" and head.info["seed"] == 688
+    assert (
+        head.info["epoch"] == best["epoch"]
+        and head.info["train_task"] == "co-train"
+        and head.info["seed"] == 688
+    )
     assert head.info["labels"] == ["real", "fake"] and head.info["front_end"] == {"feat": "mel"}
     assert f"best epoch {best['epoch']}" in printed
 
@@ -205,58 +277,121 @@ def test_a_used_folder_is_never_overwritten(features, tmp_path: Path) -> None:
 def test_a_run_does_not_go_on_with_rows_stored_in_another_type(tmp_path: Path) -> None:
     values = np.random.default_rng(0).random((2, 505, 80), np.float32)
     for dtype, part in itertools.product(("float16", "sqrt8"), ("train", "dev")):
-        writer = CacheWriter(tmp_path / dtype / part / "mel", [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")], {"feat": "mel"}, (505, 80), dtype)
+        writer = CacheWriter(
+            tmp_path / dtype / part / "mel",
+            [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")],
+            {"feat": "mel"},
+            (505, 80),
+            dtype,
+        )
         writer.write([0, 1], values)
         writer.close()
-    command = ["-t", "19LA", "-m", "lcnn", "--feat", "mel", "-o", str(tmp_path / "run"), "--num_epochs", "1", "--gpu", "-1", "--num_workers", "0"]
+    command = [
+        "-t",
+        "19LA",
+        "-m",
+        "lcnn",
+        "--feat",
+        "mel",
+        "-o",
+        str(tmp_path / "run"),
+        "--num_epochs",
+        "1",
+        "--gpu",
+        "-1",
+        "--num_workers",
+        "0",
+    ]
     main_train.main([*command, "-f1", str(tmp_path / "float16")])
-    with pytest.raises(InputError, match=r"was trained with dtypes \['float16', 'float16'\], now it is \['sqrt8', 'sqrt8'\]"):
+    with pytest.raises(
+        InputError,
+        match=r"was trained with dtypes \['float16', 'float16'\], now it is \['sqrt8', 'sqrt8'\]",
+    ):
         main_train.main([*command, "-f1", str(tmp_path / "sqrt8"), "--continue_training"])
 
 
-def test_continuing_before_the_first_state_starts_at_epoch_1(features, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_continuing_before_the_first_state_starts_at_epoch_1(
+    features, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     train(features, tmp_path / "new", "--num_epochs", "1", "--continue_training", task="19LA")
     assert "no state to go on from; starting at epoch 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--SAM", "--ASAM"], "exclude each other"), (["-t", "19LA", "--CSAM"], "--CSAM mixes the two corpora"),
-    (["--CSAM", "--batch_size", "1"], "at least 2"), (["--SAM", "maybe"], "expected True or False"), (["-t", "everything"], "invalid choice"),
-    (["--batch_size", "0"], "at least 1"), (["--num_epochs", "ten"], "a whole number of at least 1"),
-])
-def test_options_that_make_no_sense(options: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--SAM", "--ASAM"], "exclude each other"),
+        (["-t", "19LA", "--CSAM"], "--CSAM mixes the two corpora"),
+        (["--CSAM", "--batch_size", "1"], "at least 2"),
+        (["--SAM", "maybe"], "expected True or False"),
+        (["-t", "everything"], "invalid choice"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--num_epochs", "ten"], "a whole number of at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(
+    options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         main_train.parse(["-t", "co-train", *options])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, expected", [([], False), (["--SAM"], True), (["--SAM", "True"], True), (["--SAM", "False"], False), (["--SAM", "false"], False)])
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], False),
+        (["--SAM"], True),
+        (["--SAM", "True"], True),
+        (["--SAM", "False"], False),
+        (["--SAM", "false"], False),
+    ],
+)
 def test_switches_mean_what_they_say(words: list[str], expected: bool) -> None:
     assert main_train.parse(["-t", "19LA", *words]).SAM is expected
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_names(features, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"epoch \d, step \d: the loss is (nan|inf); the batch's first clips: codecfake\d"):
+    with pytest.raises(
+        InputError,
+        match=r"epoch \d, step \d: the loss is (nan|inf); the batch's first clips: codecfake\d",
+    ):
         train(features, tmp_path / "run", "--num_epochs", "3", "--lr", "1e30", task="codecfake")
 
 
 def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> None:
     other = tmp_path / "LA"
     for part in ("train", "dev"):
-        writer = CacheWriter(other / part / "mel", [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")], {"feat": "mel", "n_fft": 1024}, (505, 80))
+        writer = CacheWriter(
+            other / part / "mel",
+            [Trial("a", "", 0, "-"), Trial("b", "", 1, "-")],
+            {"feat": "mel", "n_fft": 1024},
+            (505, 80),
+        )
         writer.write([0, 1], np.zeros((2, 505, 80), np.float32))
         writer.close()
-    make_features(tmp_path / "CF", 4, 3)                 # says nothing of n_fft, so it does not contradict
-    assert dataset.common_front_end([dataset.open_features(tmp_path / "CF", "dev", "mel"),
-                                        dataset.open_features(other, "dev", "mel")])["n_fft"] == 1024
+    make_features(tmp_path / "CF", 4, 3)  # says nothing of n_fft, so it does not contradict
+    assert (
+        dataset.common_front_end(
+            [
+                dataset.open_features(tmp_path / "CF", "dev", "mel"),
+                dataset.open_features(other, "dev", "mel"),
+            ]
+        )["n_fft"]
+        == 1024
+    )
     clash = [dataset.open_features(other, part, "mel") for part in ("train", "dev")]
     clash[1].front_end = {"feat": "mel", "n_fft": 512}
     with pytest.raises(InputError, match="made with n_fft 512, .* with 1024"):
         dataset.common_front_end(clash)
 
 
-@pytest.mark.parametrize("build", [lambda: model.LCNN("mel"), model.W2VAASIST], ids=["LCNN", "W2VAASIST"])
-def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "build", [lambda: model.LCNN("mel"), model.W2VAASIST], ids=["LCNN", "W2VAASIST"]
+)
+def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(
+    build: Callable[[], nn.Module],
+) -> None:
     """From one state, on one batch of smooth features. What training makes of the difference after a few steps is chance.
 
     Measured with AMX's, AVX-512's and AVX2's products: cosine 0.987 and 0.995 to 0.997, losses within 0.2 %.
@@ -265,7 +400,9 @@ def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(build: Callab
     head = build()
     frames, dim = FEATURE_SHAPES[head.feat]
     labels = torch.tensor([0, 1, 1, 0, 1, 1, 0, 1])
-    smooth = F.interpolate(torch.randn(8, 1, frames // 8, dim // 8), size=(frames, dim), mode="bilinear")[:, 0]
+    smooth = F.interpolate(
+        torch.randn(8, 1, frames // 8, dim // 8), size=(frames, dim), mode="bilinear"
+    )[:, 0]
     features = smooth + 0.5 * labels[:, None, None] * torch.randn(frames, dim)
     losses, gradients = [], []
     for precision in ("fp32", "bf16"):
@@ -282,8 +419,18 @@ def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(build: Callab
 
 
 def test_a_run_in_bfloat16_leaves_float32_weights(features, tmp_path: Path) -> None:
-    exact, coarse = (train(features, tmp_path / precision, "--num_epochs", "1", "--precision", precision, task="codecfake")
-                     for precision in ("fp32", "bf16"))
+    exact, coarse = (
+        train(
+            features,
+            tmp_path / precision,
+            "--num_epochs",
+            "1",
+            "--precision",
+            precision,
+            task="codecfake",
+        )
+        for precision in ("fp32", "bf16")
+    )
     head = model.load_head(coarse)
     assert head.info["precision"] == "bf16"
     assert all(tensor.dtype != torch.bfloat16 for tensor in head.state_dict().values())

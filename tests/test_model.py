@@ -1,4 +1,5 @@
 """Networks and weights against the published ones.    python -m pytest tests/test_model.py"""
+
 from __future__ import annotations
 
 import io
@@ -23,7 +24,7 @@ from frontends import xlsr
 from runtime import devices
 from runtime.cli import InputError
 
-PARITY = 1e-4              # absolute; two float32 implementations of the same network differ by about 1e-6
+PARITY = 1e-4  # absolute; two float32 implementations of the same network differ by about 1e-6
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -42,25 +43,52 @@ def assert_parity(head: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("name", ["codec_w2v2aasist", "vocoder_mellcnn"])
 def test_released_weights_give_the_published_logits(reference: Path, name: str) -> None:
-    assert_parity(model.load_head(reference / "checkpoints" / name), read_safetensors(reference / f"{name}.parity.safetensors"))
+    assert_parity(
+        model.load_head(reference / "checkpoints" / name),
+        read_safetensors(reference / f"{name}.parity.safetensors"),
+    )
 
 
-@pytest.mark.parametrize("name, head, feat", [("W2V2-AASIST", "W2VAASIST", "xls-r-5"), ("W2V2-LCNN", "lcnn", "xls-r-5")])
-def test_strong_random_weights_give_the_published_logits(reference: Path, name: str, head: str, feat: str) -> None:
+@pytest.mark.parametrize(
+    "name, head, feat", [("W2V2-AASIST", "W2VAASIST", "xls-r-5"), ("W2V2-LCNN", "lcnn", "xls-r-5")]
+)
+def test_strong_random_weights_give_the_published_logits(
+    reference: Path, name: str, head: str, feat: str
+) -> None:
     """The released attention has decayed to nothing; these weights show an error in it."""
     tensors = read_safetensors(reference / f"{name}.random.parity.safetensors")
     network = model.build_head(head, feat)
-    network.load_state_dict({key.removeprefix("weights."): tensor for key, tensor in tensors.items() if key.startswith("weights.")})
+    network.load_state_dict(
+        {
+            key.removeprefix("weights."): tensor
+            for key, tensor in tensors.items()
+            if key.startswith("weights.")
+        }
+    )
     assert_parity(network, tensors)
 
 
-@pytest.mark.parametrize("name, head, feat", [("Mel-LCNN", "lcnn", "mel"), ("W2V2-LCNN", "lcnn", "xls-r-5"), ("W2V2-AASIST", "W2VAASIST", "xls-r-5")])
-def test_parameter_names_and_shapes_are_the_published(reference: Path, name: str, head: str, feat: str) -> None:
+@pytest.mark.parametrize(
+    "name, head, feat",
+    [
+        ("Mel-LCNN", "lcnn", "mel"),
+        ("W2V2-LCNN", "lcnn", "xls-r-5"),
+        ("W2V2-AASIST", "W2VAASIST", "xls-r-5"),
+    ],
+)
+def test_parameter_names_and_shapes_are_the_published(
+    reference: Path, name: str, head: str, feat: str
+) -> None:
     expected = json.loads((reference / "state_dict_keys.json").read_text())[name]
-    assert {key: list(tensor.shape) for key, tensor in model.build_head(head, feat).state_dict().items()} == expected
+    assert {
+        key: list(tensor.shape) for key, tensor in model.build_head(head, feat).state_dict().items()
+    } == expected
 
 
-@pytest.mark.parametrize("head, feat, embedding", [("lcnn", "mel", 256), ("lcnn", "xls-r-5", 256), ("W2VAASIST", "xls-r-5", 160)])
+@pytest.mark.parametrize(
+    "head, feat, embedding",
+    [("lcnn", "mel", 256), ("lcnn", "xls-r-5", 256), ("W2VAASIST", "xls-r-5", 160)],
+)
 def test_heads_take_a_batch_of_features(head: str, feat: str, embedding: int) -> None:
     found = model.build_head(head, feat).eval()(torch.randn(2, *FEATURE_SHAPES[feat]))
     assert [tuple(t.shape) for t in found] == [(2, embedding), (2, 2)]
@@ -71,7 +99,9 @@ def test_every_trained_parameter_receives_a_gradient() -> None:
     head = model.W2VAASIST().train()
     head(torch.randn(2, 201, 1024))[1].sum().backward()
     without = {name for name, p in head.named_parameters() if p.grad is None}
-    assert without == {f"encoder.{i}.0.bn1.{kind}" for i in range(1, 6) for kind in ("weight", "bias")}
+    assert without == {
+        f"encoder.{i}.0.bn1.{kind}" for i in range(1, 6) for kind in ("weight", "bias")
+    }
     assert without == {name for name, p in head.named_parameters() if not p.requires_grad}
 
 
@@ -98,12 +128,16 @@ def test_a_head_refuses_features_of_another_front_end() -> None:
 # ── Front ends ──
 
 
-def untruncated(ssl: Path, clips: torch.Tensor, autocast: AbstractContextManager = nullcontext()) -> torch.Tensor:
+def untruncated(
+    ssl: Path, clips: torch.Tensor, autocast: AbstractContextManager = nullcontext()
+) -> torch.Tensor:
     """Entry 5 of the hidden states of the whole network, the plain way."""
     import transformers
 
     network = transformers.Wav2Vec2Model.from_pretrained(ssl).eval()
-    normalised = torch.stack([(clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7) for clip in clips])
+    normalised = torch.stack(
+        [(clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7) for clip in clips]
+    )
     with torch.inference_mode(), autocast:
         return network(normalised, output_hidden_states=True).hidden_states[5]
 
@@ -122,9 +156,14 @@ def test_a_batch_equals_its_clips_one_by_one(ssl_narrow: Path) -> None:
 
 
 @pytest.mark.parametrize("samples", [CLIP_SAMPLES, 320 * 20, 1500])
-def test_clips_below_one_another_do_not_mix(ssl_narrow: Path, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_below_one_another_do_not_mix(
+    ssl_narrow: Path, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU all clips of a batch go through the convolutions as one signal; their seams must not show."""
-    encoder, clips = model.load_frontend("xls-r-5", str(ssl_narrow)).encoder, torch.randn(3, samples)
+    encoder, clips = (
+        model.load_frontend("xls-r-5", str(ssl_narrow)).encoder,
+        torch.randn(3, samples),
+    )
     expected = encoder(clips)
     monkeypatch.setattr(xlsr, "CLIPS_AT_ONCE", 3)
     torch.testing.assert_close(encoder(clips), expected, atol=1e-5, rtol=0)
@@ -133,7 +172,12 @@ def test_clips_below_one_another_do_not_mix(ssl_narrow: Path, samples: int, monk
 def test_clips_shorter_than_the_positions_reach(ssl_narrow: Path) -> None:
     """Four frames, sixteen taps."""
     clips = torch.randn(2, 1500)
-    torch.testing.assert_close(model.load_frontend("xls-r-5", str(ssl_narrow))(clips), untruncated(ssl_narrow, clips), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.load_frontend("xls-r-5", str(ssl_narrow))(clips),
+        untruncated(ssl_narrow, clips),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_bfloat16_stays_near_float32(ssl_narrow: Path) -> None:
@@ -141,7 +185,10 @@ def test_bfloat16_stays_near_float32(ssl_narrow: Path) -> None:
     in bfloat16 costs several times that. The library's own autocast is no yardstick: torch's bfloat16 convolutions are
     off by 33 % on narrow networks where the processor has AMX."""
     clips = torch.randn(1, CLIP_SAMPLES)
-    exact, ours = (model.load_frontend("xls-r-5", str(ssl_narrow), precision)(clips) for precision in ("fp32", "bf16"))
+    exact, ours = (
+        model.load_frontend("xls-r-5", str(ssl_narrow), precision)(clips)
+        for precision in ("fp32", "bf16")
+    )
     error = (ours - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert ours.dtype == torch.float32
     assert 1e-4 < error < 0.02
@@ -151,11 +198,23 @@ def test_wav2vec2_of_another_kind_runs_as_the_library_does(tmp_path: Path) -> No
     """A group norm in the convolutions, norms after the blocks: as in wav2vec2-large, which also has 1024 dimensions."""
     import transformers
 
-    config = transformers.Wav2Vec2Config(hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
-                                         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4)
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=64,
+        conv_dim=[16] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path)
     clips = torch.randn(2, CLIP_SAMPLES)
-    torch.testing.assert_close(model.load_frontend("xls-r-5", str(tmp_path))(clips), untruncated(tmp_path, clips), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        model.load_frontend("xls-r-5", str(tmp_path))(clips),
+        untruncated(tmp_path, clips),
+        atol=1e-5,
+        rtol=0,
+    )
 
 
 def test_a_front_end_never_trains(ssl_narrow: Path) -> None:
@@ -179,7 +238,9 @@ def test_mel_is_a_power_spectrogram_time_first() -> None:
 def test_weights_that_are_no_wav2vec2_are_refused(tmp_path: Path, ssl_narrow: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         model.load_frontend("xls-r-5", str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "num_hidden_layers": 6}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bert", "num_hidden_layers": 6})
+    )
     with pytest.raises(InputError, match="got bert with 6"):
         model.load_frontend("xls-r-5", str(tmp_path))
     config = json.loads((ssl_narrow / "config.json").read_text()) | {"num_hidden_layers": 4}
@@ -191,10 +252,15 @@ def test_weights_that_are_no_wav2vec2_are_refused(tmp_path: Path, ssl_narrow: Pa
 def test_weights_with_holes_are_refused(tmp_path: Path, ssl_narrow: Path) -> None:
     """The library would fill them with random numbers and go on."""
     tensors = safetensors.torch.load_file(ssl_narrow / "model.safetensors")
-    del tensors["encoder.layers.3.attention.k_proj.weight"], tensors["encoder.layers.5.attention.k_proj.weight"]
+    del (
+        tensors["encoder.layers.3.attention.k_proj.weight"],
+        tensors["encoder.layers.5.attention.k_proj.weight"],
+    )
     safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     shutil.copy(ssl_narrow / "config.json", tmp_path)
-    with pytest.raises(InputError, match=r"1 tensors are missing \(first: encoder.layers.3.attention.k_proj.weight"):
+    with pytest.raises(
+        InputError, match=r"1 tensors are missing \(first: encoder.layers.3.attention.k_proj.weight"
+    ):
         model.load_frontend("xls-r-5", str(tmp_path))
 
 
@@ -204,7 +270,10 @@ def test_an_unknown_front_end_is_refused() -> None:
 
 
 def test_fingerprint_tells_weights_apart(ssl_narrow: Path, ssl_1024: Path) -> None:
-    fingerprints = [model.load_frontend("xls-r-5", str(ssl)).fingerprint() for ssl in (ssl_narrow, ssl_narrow, ssl_1024)]
+    fingerprints = [
+        model.load_frontend("xls-r-5", str(ssl)).fingerprint()
+        for ssl in (ssl_narrow, ssl_narrow, ssl_1024)
+    ]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
@@ -214,14 +283,22 @@ def test_fingerprint_tells_weights_apart(ssl_narrow: Path, ssl_1024: Path) -> No
 def pickle_as_released(head: nn.Module, path: Path, parallel: bool = False) -> None:
     """Save the whole module as the published files are: classes of a module called `model`, perhaps in DataParallel."""
     wrapped = nn.DataParallel(head) if parallel else head
-    if parallel:                       # what DataParallel holds on a machine with two GPUs
-        wrapped.device_ids, wrapped.output_device, wrapped.src_device_obj = [0, 1], 0, torch.device("cuda:0")
+    if parallel:  # what DataParallel holds on a machine with two GPUs
+        wrapped.device_ids, wrapped.output_device, wrapped.src_device_obj = (
+            [0, 1],
+            0,
+            torch.device("cuda:0"),
+        )
     torch.save(wrapped, path)
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-@pytest.mark.parametrize("head, feat", [("lcnn", "mel"), ("lcnn", "xls-r-5"), ("W2VAASIST", "xls-r-5")])
-def test_pickled_modules_load_without_their_classes(tmp_path: Path, head: str, feat: str, parallel: bool) -> None:
+@pytest.mark.parametrize(
+    "head, feat", [("lcnn", "mel"), ("lcnn", "xls-r-5"), ("W2VAASIST", "xls-r-5")]
+)
+def test_pickled_modules_load_without_their_classes(
+    tmp_path: Path, head: str, feat: str, parallel: bool
+) -> None:
     original = model.build_head(head, feat).eval()
     pickle_as_released(original, tmp_path / model.WEIGHTS, parallel)
     found, features = model.load_head(tmp_path), torch.randn(2, *FEATURE_SHAPES[feat])
@@ -234,7 +311,9 @@ def test_our_checkpoint_comes_back_with_its_record(tmp_path: Path) -> None:
     model.save_head(tmp_path / "head.pt", head, info)
     found = model.load_head(tmp_path / "head.pt")
     assert found.info == info
-    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), head.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(found.state_dict().values(), head.state_dict().values())
+    )
     torch.load(tmp_path / "head.pt", weights_only=True)
 
 
@@ -257,8 +336,16 @@ class Runs:
         return self.call
 
 
-@pytest.mark.parametrize("function, name", [(os.system, "posix.system"), (eval, "eval"), (exec, "exec"),
-                                            (torch.hub.load, "torch.hub.load"), (getattr, "getattr")])
+@pytest.mark.parametrize(
+    "function, name",
+    [
+        (os.system, "posix.system"),
+        (eval, "eval"),
+        (exec, "exec"),
+        (torch.hub.load, "torch.hub.load"),
+        (getattr, "getattr"),
+    ],
+)
 def test_a_file_that_would_run_code_is_refused_by_name(tmp_path: Path, function, name: str) -> None:
     head = model.LCNN("mel")
     head.extra = Runs(function, f"open({str(tmp_path / 'was_here')!r}, 'w')")
@@ -268,7 +355,9 @@ def test_a_file_that_would_run_code_is_refused_by_name(tmp_path: Path, function,
     assert not (tmp_path / "was_here").exists()
 
 
-def test_classes_outside_the_list_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classes_outside_the_list_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = types.ModuleType("model_of_somebody")
     module.Head = type("Head", (nn.Linear,), {"__module__": "model_of_somebody"})
     monkeypatch.setitem(sys.modules, "model_of_somebody", module)
@@ -280,7 +369,10 @@ def test_classes_outside_the_list_are_refused_by_name(tmp_path: Path, monkeypatc
 def test_an_archive_that_swells_is_refused(tmp_path: Path) -> None:
     plain, bomb = io.BytesIO(), tmp_path / "bomb.pt"
     torch.save({"x": torch.zeros(1_000_000)}, plain)
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     with pytest.raises(InputError, match="would swell"):
@@ -289,7 +381,10 @@ def test_an_archive_that_swells_is_refused(tmp_path: Path) -> None:
 
 def test_tensors_larger_than_their_storage_are_refused(tmp_path: Path) -> None:
     storage = torch.zeros(1).storage()
-    torch.save(Runs(torch._utils._rebuild_tensor_v2, storage, 0, (10**9,), (1,), False, {}), tmp_path / "huge.pt")
+    torch.save(
+        Runs(torch._utils._rebuild_tensor_v2, storage, 0, (10**9,), (1,), False, {}),
+        tmp_path / "huge.pt",
+    )
     with pytest.raises(InputError, match="damaged"):
         torch_files.load(tmp_path / "huge.pt")
 
@@ -298,14 +393,30 @@ def test_a_changed_byte_or_a_cut_is_found(tmp_path: Path) -> None:
     path = tmp_path / "head.pt"
     model.save_head(path, model.LCNN("mel"), {})
     whole = path.read_bytes()
-    for damaged in (whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:], whole[:-1000], b"", b"no weights"):
+    for damaged in (
+        whole[:100_000] + bytes([whole[100_000] ^ 1]) + whole[100_001:],
+        whole[:-1000],
+        b"",
+        b"no weights",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="head.pt"):
             model.load_head(path)
 
 
-@pytest.mark.parametrize("content", [{}, [1, 2], {"LL.weight": torch.zeros(3)}, {"a": "b"}, torch.zeros(3), {"format": "codecfake-head-1"},
-                                     nn.Linear(2, 2), {**model.LCNN("mel").state_dict(), "fc_mu.bias": torch.full((2,), float("nan"))}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [1, 2],
+        {"LL.weight": torch.zeros(3)},
+        {"a": "b"},
+        torch.zeros(3),
+        {"format": "codecfake-head-1"},
+        nn.Linear(2, 2),
+        {**model.LCNN("mel").state_dict(), "fc_mu.bias": torch.full((2,), float("nan"))},
+    ],
+)
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(InputError, match="x.pt"):
@@ -323,7 +434,9 @@ def test_no_gpu_is_a_clear_line() -> None:
     assert devices.pick_device(-1).type == "cpu"
 
 
-def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     started = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -334,10 +447,20 @@ def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(monkeypatch: pytest
         devices.pick_device(2)
 
 
-@pytest.mark.parametrize("why", ["CUDA error: no kernel image is available for execution on the device", "CUDA error: out of memory"])
-def test_a_gpu_that_cannot_compute_is_a_clear_line(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "why",
+    [
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: out of memory",
+    ],
+)
+def test_a_gpu_that_cannot_compute_is_a_clear_line(
+    why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(gpu: int) -> None:
-        raise RuntimeError(f"{why}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.")
+        raise RuntimeError(
+            f"{why}\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+        )
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -347,9 +470,16 @@ def test_a_gpu_that_cannot_compute_is_a_clear_line(why: str, monkeypatch: pytest
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("why", ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory",
-                                 "cuFFT error: CUFFT_ALLOC_FAILED", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
-                                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "CUDA out of memory. Tried to allocate 2 GiB",
+        "CUDA error: out of memory",
+        "cuFFT error: CUFFT_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
 def test_any_lack_of_memory_says_what_to_lower(why: str) -> None:
     with pytest.raises(InputError, match="--batch_size 64; lower it"), devices.memory_advice(64):
         raise RuntimeError(why)
@@ -363,8 +493,12 @@ def test_float32_is_float32_unless_tf32_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_bfloat16_without_the_arithmetic_is_said(has_bf16: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
+def test_bfloat16_without_the_arithmetic_is_said(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation
+    )
     devices.set_precision("bf16", torch.device("cuda:0"))
     said = capsys.readouterr().out
     assert ("GPU has no bfloat16" in said) is not has_bf16

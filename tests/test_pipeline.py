@@ -1,4 +1,5 @@
 """The command lines, one after another, on small corpora.    python -m pytest tests/test_pipeline.py"""
+
 from __future__ import annotations
 
 import json
@@ -40,7 +41,9 @@ def run(module, *arguments: object) -> None:
 def shell(*arguments: object, cwd: Path = REPO) -> subprocess.CompletedProcess:
     """A command as a user types it."""
     script, *rest = map(str, arguments)
-    return subprocess.run([sys.executable, REPO / script, *rest], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, REPO / script, *rest], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
 
 
 def assert_refused(result: subprocess.CompletedProcess, message: str) -> None:
@@ -55,7 +58,9 @@ def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "untrained"
     folder.mkdir()
     torch.manual_seed(0)
-    model.save_head(folder / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel", "train_task": "codecfake"})
+    model.save_head(
+        folder / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel", "train_task": "codecfake"}
+    )
     return folder
 
 
@@ -63,14 +68,55 @@ def head_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("feat, head", PAIRS)
-def test_the_four_scripts(corpora: Path, ssl_1024: Path, tmp_path: Path, feat: str, head: str, capsys: pytest.CaptureFixture) -> None:
+def test_the_four_scripts(
+    corpora: Path,
+    ssl_1024: Path,
+    tmp_path: Path,
+    feat: str,
+    head: str,
+    capsys: pytest.CaptureFixture,
+) -> None:
     front_end = ["--feat", feat, "--ssl", ssl_1024]
     run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path / "f", *front_end, *CPU)
     run(preprocess, "-t", "19LA", "-d", corpora / "LA", "-f1", tmp_path / "f1", *front_end, *CPU)
-    run(main_train, "-t", "co-train", "-m", head, "--feat", feat, "-f", tmp_path / "f", "-f1", tmp_path / "f1", "-o", tmp_path / "model",
-        "--CSAM", "--num_epochs", 1, "--batch_size", 8, "-d", corpora, "--ssl", ssl_1024, *CPU)
+    run(
+        main_train,
+        "-t",
+        "co-train",
+        "-m",
+        head,
+        "--feat",
+        feat,
+        "-f",
+        tmp_path / "f",
+        "-f1",
+        tmp_path / "f1",
+        "-o",
+        tmp_path / "model",
+        "--CSAM",
+        "--num_epochs",
+        1,
+        "--batch_size",
+        8,
+        "-d",
+        corpora,
+        "--ssl",
+        ssl_1024,
+        *CPU,
+    )
     for task, folder in (("19LA", "LA"), ("ITW", "ITW"), ("codecfake", "Codecfake")):
-        run(generate_score, "-t", task, "-d", corpora / folder, "--model_folder", tmp_path / "model", "--result_folder", tmp_path / "result", *CPU)
+        run(
+            generate_score,
+            "-t",
+            task,
+            "-d",
+            corpora / folder,
+            "--model_folder",
+            tmp_path / "model",
+            "--result_folder",
+            tmp_path / "result",
+            *CPU,
+        )
     capsys.readouterr()
     run(evaluate_score, "--result_folder", tmp_path / "result", "--format", "json", "--no_ci")
     cells = {cell["subset"]: cell for cell in json.loads(capsys.readouterr().out)}
@@ -85,46 +131,126 @@ def random_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for corpus, rows in (("Codecfake", 2), ("LA", 2)):
         for part, feat in ((part, feat) for part in ("train", "dev") for feat in FEATURE_SHAPES):
             count = rows if part == "train" else 2
-            writer = CacheWriter(root / corpus / part / feat, [Trial(f"{i}", "", i % 2, "-") for i in range(count)], {"feat": feat}, FEATURE_SHAPES[feat])
-            writer.write(range(count), np.random.default_rng(count).random((count, *FEATURE_SHAPES[feat]), np.float32))
+            writer = CacheWriter(
+                root / corpus / part / feat,
+                [Trial(f"{i}", "", i % 2, "-") for i in range(count)],
+                {"feat": feat},
+                FEATURE_SHAPES[feat],
+            )
+            writer.write(
+                range(count),
+                np.random.default_rng(count).random((count, *FEATURE_SHAPES[feat]), np.float32),
+            )
             writer.close()
     return root
 
 
 @pytest.mark.parametrize("feat, head", PAIRS)
-@pytest.mark.parametrize("task, optimiser", [*((task, optimiser) for task in ("19LA", "codecfake", "co-train") for optimiser in (None, "--SAM", "--ASAM")),
-                                             ("co-train", "--CSAM")])
-def test_every_task_head_and_optimiser_trains(random_features: Path, tmp_path: Path, feat: str, head: str, task: str, optimiser: str | None) -> None:
-    run(main_train, "-t", task, "-m", head, "--feat", feat, "-f", random_features / "Codecfake", "-f1", random_features / "LA", "-o", tmp_path / "model",
-        "--num_epochs", 1, "--batch_size", 4, *([optimiser] if optimiser else []), *CPU)
+@pytest.mark.parametrize(
+    "task, optimiser",
+    [
+        *(
+            (task, optimiser)
+            for task in ("19LA", "codecfake", "co-train")
+            for optimiser in (None, "--SAM", "--ASAM")
+        ),
+        ("co-train", "--CSAM"),
+    ],
+)
+def test_every_task_head_and_optimiser_trains(
+    random_features: Path, tmp_path: Path, feat: str, head: str, task: str, optimiser: str | None
+) -> None:
+    run(
+        main_train,
+        "-t",
+        task,
+        "-m",
+        head,
+        "--feat",
+        feat,
+        "-f",
+        random_features / "Codecfake",
+        "-f1",
+        random_features / "LA",
+        "-o",
+        tmp_path / "model",
+        "--num_epochs",
+        1,
+        "--batch_size",
+        4,
+        *([optimiser] if optimiser else []),
+        *CPU,
+    )
     assert model.load_head(tmp_path / "model").feat == feat
 
 
 def test_the_references_own_features_train(tmp_path: Path, corpora: Path) -> None:
     """The same clips as .pt files and as our cache train to the same weights (a float32 cache: theirs are float32)."""
-    run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path / "ours", "--feat", "mel", "--dtype", "float32", *CPU)
+    run(
+        preprocess,
+        "-d",
+        corpora / "Codecfake",
+        "-f",
+        tmp_path / "ours",
+        "--feat",
+        "mel",
+        "--dtype",
+        "float32",
+        *CPU,
+    )
     for part in ("train", "dev"):
         (tmp_path / "theirs" / part / "mel").mkdir(parents=True)
         cache = FeatureCache(tmp_path / "ours" / part / "mel")
         for row, (name, label) in enumerate(zip(cache.names, cache.labels)):
             feature = cache.read(np.array([row]))[0].transpose(1, 2).contiguous()
-            torch.save(feature, tmp_path / "theirs" / part / "mel" / f"{row:06d}_{name}_{'fake' if label else 'real'}.pt")
+            torch.save(
+                feature,
+                tmp_path
+                / "theirs"
+                / part
+                / "mel"
+                / f"{row:06d}_{name}_{'fake' if label else 'real'}.pt",
+            )
     for folder in ("ours", "theirs"):
-        run(main_train, "-t", "codecfake", "-m", "lcnn", "--feat", "mel", "-f", tmp_path / folder, "-o", tmp_path / "model" / folder,
-            "--num_epochs", 1, "--batch_size", 8, *CPU)
-    states = [model.load_head(tmp_path / "model" / folder).state_dict() for folder in ("ours", "theirs")]
+        run(
+            main_train,
+            "-t",
+            "codecfake",
+            "-m",
+            "lcnn",
+            "--feat",
+            "mel",
+            "-f",
+            tmp_path / folder,
+            "-o",
+            tmp_path / "model" / folder,
+            "--num_epochs",
+            1,
+            "--batch_size",
+            8,
+            *CPU,
+        )
+    states = [
+        model.load_head(tmp_path / "model" / folder).state_dict() for folder in ("ours", "theirs")
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 def test_the_readmes_commands_with_their_defaults(tmp_path: Path) -> None:
     """Typed in a folder of one's own, with data/ where the README puts it; -t and nothing else."""
     make_codecfake(tmp_path / "data/Codecfake", n_real=2)
-    for command in (["preprocess.py", "--feat", "mel"], ["main_train.py", "-t", "codecfake", "--feat", "mel", "-m", "lcnn", "--num_epochs", "1"],
-                    ["generate_score.py", "-t", "codecfake"], ["evaluate_score.py"]):
+    for command in (
+        ["preprocess.py", "--feat", "mel"],
+        ["main_train.py", "-t", "codecfake", "--feat", "mel", "-m", "lcnn", "--num_epochs", "1"],
+        ["generate_score.py", "-t", "codecfake"],
+        ["evaluate_score.py"],
+    ):
         result = shell(*command, cwd=tmp_path)
         assert result.returncode == 0, (command, result.stderr)
     assert "C7" in result.stdout and "CAVG" in result.stdout
-    assert (tmp_path / "models/try/anti-spoofing_feat_model.pt").exists() and (tmp_path / "result/A3_result.txt").exists()
+    assert (tmp_path / "models/try/anti-spoofing_feat_model.pt").exists() and (
+        tmp_path / "result/A3_result.txt"
+    ).exists()
 
 
 # ── preprocess.py ──
@@ -134,9 +260,21 @@ def cache_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 
 
-def test_an_interrupted_extraction_ends_in_the_same_bytes(corpora: Path, ssl_narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_extraction_ends_in_the_same_bytes(
+    corpora: Path, ssl_narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after every batch in turn, and resumed: a row's bytes do not depend on which rows were left to do."""
-    command = ["-d", corpora / "Codecfake", "--feat", "xls-r-5", "--ssl", ssl_narrow, "--batch_size", 4, *CPU]
+    command = [
+        "-d",
+        corpora / "Codecfake",
+        "--feat",
+        "xls-r-5",
+        "--ssl",
+        ssl_narrow,
+        "--batch_size",
+        4,
+        *CPU,
+    ]
     run(preprocess, *command, "-f", tmp_path / "whole")
     monkeypatch.setattr(preprocess, "FLUSH_EVERY", 3)
     real_compute = preprocess.compute
@@ -147,6 +285,7 @@ def test_an_interrupted_extraction_ends_in_the_same_bytes(corpora: Path, ssl_nar
             if next(calls) == 2:
                 raise KeyboardInterrupt
             return real_compute(*arguments)
+
         monkeypatch.setattr(preprocess, "compute", stop_at_the_third)
         try:
             run(preprocess, *command, "-f", tmp_path / "stopped")
@@ -154,22 +293,45 @@ def test_an_interrupted_extraction_ends_in_the_same_bytes(corpora: Path, ssl_nar
         except KeyboardInterrupt:
             continue
     for part in ("train", "dev"):
-        assert cache_bytes(tmp_path / "whole" / part / "xls-r-5") == cache_bytes(tmp_path / "stopped" / part / "xls-r-5")
+        assert cache_bytes(tmp_path / "whole" / part / "xls-r-5") == cache_bytes(
+            tmp_path / "stopped" / part / "xls-r-5"
+        )
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_cache_holds_what_the_front_end_gives_each_clip(corpora: Path, ssl_narrow: Path, tmp_path: Path, num_workers: int) -> None:
+def test_the_cache_holds_what_the_front_end_gives_each_clip(
+    corpora: Path, ssl_narrow: Path, tmp_path: Path, num_workers: int
+) -> None:
     """The plain way: one clip at a time, no batches, no worker processes, no half precision."""
     from dataset import load_clip, read_protocol
 
-    run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path, "--ssl", ssl_narrow, "--dtype", "float32", "--gpu", -1, "--num_workers", num_workers)
-    cache, front_end = FeatureCache(tmp_path / "train/xls-r-5"), model.load_frontend("xls-r-5", str(ssl_narrow))
+    run(
+        preprocess,
+        "-d",
+        corpora / "Codecfake",
+        "-f",
+        tmp_path,
+        "--ssl",
+        ssl_narrow,
+        "--dtype",
+        "float32",
+        "--gpu",
+        -1,
+        "--num_workers",
+        num_workers,
+    )
+    cache, front_end = (
+        FeatureCache(tmp_path / "train/xls-r-5"),
+        model.load_frontend("xls-r-5", str(ssl_narrow)),
+    )
     trials = read_protocol("codecfake", corpora / "Codecfake", "train")
     assert cache.names == [trial.name for trial in trials]
     with torch.inference_mode():
         for row in (0, 1, 11):
             plain = front_end(load_clip(trials[row].path)[None])
-            torch.testing.assert_close(cache.read(np.array([row]))[0], plain.clone(), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                cache.read(np.array([row]))[0], plain.clone(), atol=1e-5, rtol=0
+            )
 
 
 def test_verify_and_repair(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -185,7 +347,11 @@ def test_verify_and_repair(corpora: Path, tmp_path: Path, capsys: pytest.Capture
             file.write(b"\x00damage")
     with pytest.raises(InputError, match="add --repair"):
         run(preprocess, *command, "--verify")
-    assert "row 2 (" in (printed := capsys.readouterr().out) and "row 9 (" in printed and "12 rows, 2 damaged" in printed
+    assert (
+        "row 2 (" in (printed := capsys.readouterr().out)
+        and "row 9 (" in printed
+        and "12 rows, 2 damaged" in printed
+    )
     run(preprocess, *command, "--verify", "--repair")
     assert cache_bytes(tmp_path / "train/mel") == whole
 
@@ -195,7 +361,10 @@ def test_bad_files_stop_or_are_listed(tmp_path: Path, capsys: pytest.CaptureFixt
     (root / "train/strain_001.wav").write_text("not audio")
     soundfile.write(root / "dev/sdev_000.wav", np.full(100, np.nan), 16_000, subtype="FLOAT")
     command = ["-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU]
-    with pytest.raises(InputError, match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the last: .*strain_001\.wav: cannot be read"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the last: .*strain_001\.wav: cannot be read",
+    ):
         run(preprocess, *command)
     run(preprocess, *command, "--max_failed", 20)
     assert "1 files have no features" in capsys.readouterr().out
@@ -204,14 +373,20 @@ def test_bad_files_stop_or_are_listed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(FeatureCache(tmp_path / "f/train/mel").labels) == 11
     write_tone(root / "train/strain_001.wav")
     run(preprocess, *command, "--max_failed", 20)
-    assert len(FeatureCache(tmp_path / "f/train/mel").labels) == 12 and not (tmp_path / "f/train/mel/failed.txt").exists()
+    assert (
+        len(FeatureCache(tmp_path / "f/train/mel").labels) == 12
+        and not (tmp_path / "f/train/mel/failed.txt").exists()
+    )
 
 
 def test_absent_files_stop_unless_allowed(tmp_path: Path) -> None:
     root = make_codecfake(tmp_path / "Codecfake", n_real=3)
     (root / "train/strain_001.wav").unlink()
     command = ["-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU]
-    with pytest.raises(InputError, match=r"1 of 9 files named by the protocol are not in .*train \(first: strain_001.wav\)"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 9 files named by the protocol are not in .*train \(first: strain_001.wav\)",
+    ):
         run(preprocess, *command)
     run(preprocess, *command, "--skip_missing")
     assert len(FeatureCache(tmp_path / "f/train/mel").labels) == 8
@@ -227,12 +402,28 @@ def test_mixed_rates_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture)
 # ── generate_score.py ──
 
 
-def score(corpora: Path, head_folder: Path, result: Path, *options: object, task: str = "codecfake") -> None:
+def score(
+    corpora: Path, head_folder: Path, result: Path, *options: object, task: str = "codecfake"
+) -> None:
     folder = {"codecfake": "Codecfake", "19LA": "LA", "ITW": "ITW"}[task]
-    run(generate_score, "-t", task, "-d", corpora / folder, "--model_folder", head_folder, "--result_folder", result, *CPU, *options)
+    run(
+        generate_score,
+        "-t",
+        task,
+        "-d",
+        corpora / folder,
+        "--model_folder",
+        head_folder,
+        "--result_folder",
+        result,
+        *CPU,
+        *options,
+    )
 
 
-def test_score_files_hold_the_softmax_of_the_logits(corpora: Path, head_folder: Path, tmp_path: Path) -> None:
+def test_score_files_hold_the_softmax_of_the_logits(
+    corpora: Path, head_folder: Path, tmp_path: Path
+) -> None:
     from dataset import load_clip, read_protocol
 
     for task, word in (("codecfake", "real"), ("19LA", "bonafide"), ("ITW", "bonafide")):
@@ -240,27 +431,45 @@ def test_score_files_hold_the_softmax_of_the_logits(corpora: Path, head_folder: 
         subset = "C1" if task == "codecfake" else task
         first = (tmp_path / f"{subset}_result.txt").read_text().splitlines()[0].split()
         assert first[2] == word and first[0].endswith(".wav") == (task == "codecfake")
-    trials, found = read_protocol("19LA", corpora / "LA", "eval"), read_scores(tmp_path / "19LA_result.txt")
-    assert list(found.names) == [t.name for t in trials] and found.is_real.tolist() == [t.label == 0 for t in trials]
+    trials, found = (
+        read_protocol("19LA", corpora / "LA", "eval"),
+        read_scores(tmp_path / "19LA_result.txt"),
+    )
+    assert list(found.names) == [t.name for t in trials] and found.is_real.tolist() == [
+        t.label == 0 for t in trials
+    ]
     head, front_end = model.load_head(head_folder), model.load_frontend("mel")
     with torch.inference_mode():
-        plain = [float(torch.softmax(head(front_end(load_clip(t.path)[None]))[1][0], 0)[0]) for t in trials]
+        plain = [
+            float(torch.softmax(head(front_end(load_clip(t.path)[None]))[1][0], 0)[0])
+            for t in trials
+        ]
     np.testing.assert_allclose(found.scores, plain, atol=1e-6)
     score(corpora, head_folder, tmp_path / "llr", "--llr", task="19LA")
     llr = read_scores(tmp_path / "llr/19LA_result.txt").scores
     np.testing.assert_allclose(1 / (1 + np.exp(-llr)), found.scores, atol=1e-12)
 
 
-def test_a_shared_clip_is_computed_once_and_scores_the_same(corpora: Path, head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_clip_is_computed_once_and_scores_the_same(
+    corpora: Path, head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """C1..C6 and A1..A3 share their real clips. Scored alone or after the others, a subset's file has the same bytes."""
     computed, started = [], []
     real_logits, real_start = generate_score.Scorer.logits, dataset.clip_batches
-    monkeypatch.setattr(generate_score.Scorer, "logits", lambda self, clips: computed.append(len(clips)) or real_logits(self, clips))
-    monkeypatch.setattr(dataset, "clip_batches", lambda *files: started.append(len(files[0])) or real_start(*files))
+    monkeypatch.setattr(
+        generate_score.Scorer,
+        "logits",
+        lambda self, clips: computed.append(len(clips)) or real_logits(self, clips),
+    )
+    monkeypatch.setattr(
+        dataset, "clip_batches", lambda *files: started.append(len(files[0])) or real_start(*files)
+    )
     score(corpora, head_folder, tmp_path / "all")
     assert started == [80], "decoding starts once for all subsets"
     distinct = {path.read_bytes() for path in (corpora / "Codecfake/test").rglob("*.wav")}
-    assert sum(computed) == len(distinct) <= 80 - 8 * 4, "nine of the ten subsets have the same four real clips"
+    assert sum(computed) == len(distinct) <= 80 - 8 * 4, (
+        "nine of the ten subsets have the same four real clips"
+    )
     monkeypatch.undo()
     for subset in ("C3", "C7", "A2"):
         score(corpora, head_folder, tmp_path / subset, "--subset", subset)
@@ -268,25 +477,48 @@ def test_a_shared_clip_is_computed_once_and_scores_the_same(corpora: Path, head_
         assert (tmp_path / subset / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
-def test_several_models_share_one_pass(corpora: Path, head_folder: Path, ssl_1024: Path, tmp_path: Path) -> None:
+def test_several_models_share_one_pass(
+    corpora: Path, head_folder: Path, ssl_1024: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "models" / "aasist"
     other.mkdir(parents=True)
     torch.manual_seed(1)
     model.save_head(other / model.WEIGHTS, model.W2VAASIST(), {"feat": "xls-r-5"})
     both = ["-t", "ITW", "-d", corpora / "ITW", "--ssl", ssl_1024, *CPU]
-    run(generate_score, *both, "--model_folder", head_folder, other, "--result_folder", tmp_path / "both")
+    run(
+        generate_score,
+        *both,
+        "--model_folder",
+        head_folder,
+        other,
+        "--result_folder",
+        tmp_path / "both",
+    )
     for folder in (head_folder, other):
-        run(generate_score, *both, "--model_folder", folder, "--result_folder", tmp_path / "alone" / folder.name)
+        run(
+            generate_score,
+            *both,
+            "--model_folder",
+            folder,
+            "--result_folder",
+            tmp_path / "alone" / folder.name,
+        )
         name = "ITW_result.txt"
-        assert (tmp_path / "both" / folder.name / name).read_bytes() == (tmp_path / "alone" / folder.name / name).read_bytes()
+        assert (tmp_path / "both" / folder.name / name).read_bytes() == (
+            tmp_path / "alone" / folder.name / name
+        ).read_bytes()
 
 
-def test_finished_subsets_are_skipped(corpora: Path, head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_finished_subsets_are_skipped(
+    corpora: Path, head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     score(corpora, head_folder, tmp_path, "--subset", "C1", "C2")
     (tmp_path / "C1_result.txt").write_text("mine\n")
     (tmp_path / "C2_result.txt").unlink()
     score(corpora, head_folder, tmp_path, "--subset", "C1", "C2")
-    assert (tmp_path / "C1_result.txt").read_text() == "mine\n" and (tmp_path / "C2_result.txt").exists()
+    assert (tmp_path / "C1_result.txt").read_text() == "mine\n" and (
+        tmp_path / "C2_result.txt"
+    ).exists()
     score(corpora, head_folder, tmp_path, "--subset", "C1", "C2")
     assert "nothing to do" in capsys.readouterr().out
     score(corpora, head_folder, tmp_path, "--subset", "C1", "--overwrite")
@@ -294,7 +526,8 @@ def test_finished_subsets_are_skipped(corpora: Path, head_folder: Path, tmp_path
 
 
 def test_scores_of_other_weights_are_not_taken_for_finished(
-        corpora: Path, head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpora: Path, head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "other").mkdir()
     torch.manual_seed(1)
     model.save_head(tmp_path / "other" / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel"})
@@ -302,7 +535,10 @@ def test_scores_of_other_weights_are_not_taken_for_finished(
     score(corpora, head_folder, result, "--subset", "C1")
     before = (result / "C1_result.txt").read_bytes()
     for folder, *options in ((tmp_path / "other",), (head_folder, "--llr")):
-        with pytest.raises(InputError, match=r"C1_result.txt: holds probabilities of the weights \w+, asked for are .*--overwrite"):
+        with pytest.raises(
+            InputError,
+            match=r"C1_result.txt: holds probabilities of the weights \w+, asked for are .*--overwrite",
+        ):
             score(corpora, folder, result, "--subset", "C1", *options)
     assert (result / "C1_result.txt").read_bytes() == before
     capsys.readouterr()
@@ -314,12 +550,30 @@ def test_scores_of_other_weights_are_not_taken_for_finished(
     assert "nothing to do" in out and "there hold" not in out
 
 
-def test_a3_without_its_real_half(head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a3_without_its_real_half(
+    head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     root = make_codecfake(tmp_path / "Codecfake", n_real=2)
     for path in (root / "test/A3").glob("s_*.wav"):
         path.unlink()
-    run(generate_score, "-t", "codecfake", "-d", root, "--subset", "A3", "--model_folder", head_folder, "--result_folder", tmp_path / "r", *CPU)
-    assert "its 2 real files are not distributed (copyright); scoring its 2 fakes alone, so it will have no EER" in capsys.readouterr().out
+    run(
+        generate_score,
+        "-t",
+        "codecfake",
+        "-d",
+        root,
+        "--subset",
+        "A3",
+        "--model_folder",
+        head_folder,
+        "--result_folder",
+        tmp_path / "r",
+        *CPU,
+    )
+    assert (
+        "its 2 real files are not distributed (copyright); scoring its 2 fakes alone, so it will have no EER"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "r/A3_missing.txt").read_text() == "s_000.wav absent\ns_001.wav absent\n"
     run(evaluate_score, "--result_folder", tmp_path / "r", "--no_ci")
     assert "A3" in capsys.readouterr().out
@@ -329,63 +583,164 @@ def test_missing_and_unreadable_audio_when_scoring(head_folder: Path, tmp_path: 
     root = make_codecfake(tmp_path / "Codecfake", n_real=2)
     (root / "test/C2/s_000.wav").unlink()
     (root / "test/C2/F02_s_001.wav").write_text("not audio")
-    command = ["-t", "codecfake", "-d", root, "--subset", "C1", "C2", "--model_folder", head_folder, "--result_folder", tmp_path / "r", *CPU]
-    with pytest.raises(InputError, match=r"C2: 1 of 4 files named by the protocol .*--skip_missing"):
+    command = [
+        "-t",
+        "codecfake",
+        "-d",
+        root,
+        "--subset",
+        "C1",
+        "C2",
+        "--model_folder",
+        head_folder,
+        "--result_folder",
+        tmp_path / "r",
+        *CPU,
+    ]
+    with pytest.raises(
+        InputError, match=r"C2: 1 of 4 files named by the protocol .*--skip_missing"
+    ):
         run(generate_score, *command)
     run(generate_score, *command, "--skip_missing")
     assert list(read_scores(tmp_path / "r/C2_result.txt").names) == ["F02_s_000.wav", "s_001.wav"]
     assert len(read_scores(tmp_path / "r/C1_result.txt").names) == 4
     missing = (tmp_path / "r/C2_missing.txt").read_text().splitlines()
-    assert missing[0] == "s_000.wav absent" and missing[1].startswith("F02_s_001.wav ") and len(missing) == 2
+    assert (
+        missing[0] == "s_000.wav absent"
+        and missing[1].startswith("F02_s_001.wav ")
+        and len(missing) == 2
+    )
     write_tone(root / "test/C2/s_000.wav")
     with pytest.raises(InputError, match="C2: 1 files cannot be read, first .*F02_s_001.wav"):
         run(generate_score, *command, "--overwrite")
 
 
-def test_other_weights_than_those_trained_on_are_refused(corpora: Path, ssl_1024: Path, tmp_path: Path) -> None:
-    made = model.load_frontend("xls-r-5", str(ssl_1024)).fingerprint() | {"weights_sha256": "of another"}
+def test_other_weights_than_those_trained_on_are_refused(
+    corpora: Path, ssl_1024: Path, tmp_path: Path
+) -> None:
+    made = model.load_frontend("xls-r-5", str(ssl_1024)).fingerprint() | {
+        "weights_sha256": "of another"
+    }
     model.save_head(tmp_path / "head.pt", model.W2VAASIST(), {"front_end": made})
     with pytest.raises(InputError, match="was trained on features with weights_sha256 of another"):
-        run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path / "head.pt", "--ssl", ssl_1024, "--result_folder", tmp_path, *CPU)
+        run(
+            generate_score,
+            "-t",
+            "ITW",
+            "-d",
+            corpora / "ITW",
+            "--model_folder",
+            tmp_path / "head.pt",
+            "--ssl",
+            ssl_1024,
+            "--result_folder",
+            tmp_path,
+            *CPU,
+        )
 
 
-def test_a_persons_own_recordings(head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_persons_own_recordings(
+    head_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     write_tone(tmp_path / "mine/deep er/my voice.flac", seconds=2, rate=44_100, channels=2)
     write_tone(tmp_path / "mine/a.wav", seconds=1)
     (tmp_path / "mine/notes.txt").write_text("not a recording")
-    run(generate_score, "-t", "audio", "--path", tmp_path / "mine", "--model_folder", head_folder, "--result_folder", tmp_path / "r", *CPU)
+    run(
+        generate_score,
+        "-t",
+        "audio",
+        "--path",
+        tmp_path / "mine",
+        "--model_folder",
+        head_folder,
+        "--result_folder",
+        tmp_path / "r",
+        *CPU,
+    )
     printed = capsys.readouterr().out
     assert "trained on Codecfake" in printed and "1.00 s" in printed and "2.00 s" in printed
     assert len(re.findall(r"0\.\d{6}  (real|fake)", printed)) == 2
     assert len((tmp_path / "r/audio_result.txt").read_text().splitlines()) == 2
     with pytest.raises(InputError, match="no such file"):
-        run(generate_score, "-t", "audio", "--path", tmp_path / "nothing", "--model_folder", head_folder)
+        run(
+            generate_score,
+            "-t",
+            "audio",
+            "--path",
+            tmp_path / "nothing",
+            "--model_folder",
+            head_folder,
+        )
     with pytest.raises(InputError, match="1 of 2 recordings were not scored"):
-        run(generate_score, "-t", "audio", "--path", tmp_path / "mine/a.wav", tmp_path / "mine/notes.txt", "--model_folder", head_folder, *CPU)
+        run(
+            generate_score,
+            "-t",
+            "audio",
+            "--path",
+            tmp_path / "mine/a.wav",
+            tmp_path / "mine/notes.txt",
+            "--model_folder",
+            head_folder,
+            *CPU,
+        )
 
 
 # ── As the shell sees it ──
 
 
-def test_mistakes_end_in_one_line_and_exit_code_2(corpora: Path, head_folder: Path, tmp_path: Path) -> None:
-    assert_refused(shell("preprocess.py", "-d", tmp_path / "nowhere"), "nowhere: no such folder; give the corpus's folder with -d")
-    assert_refused(shell("main_train.py", "-t", "codecfake", "-f", tmp_path, "-o", tmp_path / "o"), "expected the features of --feat xls-r-5")
+def test_mistakes_end_in_one_line_and_exit_code_2(
+    corpora: Path, head_folder: Path, tmp_path: Path
+) -> None:
+    assert_refused(
+        shell("preprocess.py", "-d", tmp_path / "nowhere"),
+        "nowhere: no such folder; give the corpus's folder with -d",
+    )
+    assert_refused(
+        shell("main_train.py", "-t", "codecfake", "-f", tmp_path, "-o", tmp_path / "o"),
+        "expected the features of --feat xls-r-5",
+    )
     assert not (tmp_path / "o").exists(), "nothing half-written"
-    assert_refused(shell("generate_score.py", "-t", "19LA", "-d", corpora / "ITW", "--model_folder", head_folder), "expected ASVspoof2019_LA_cm_protocols")
-    assert_refused(shell("generate_score.py", "-t", "19LA", "--model_folder", tmp_path), "no such weights")
+    assert_refused(
+        shell(
+            "generate_score.py", "-t", "19LA", "-d", corpora / "ITW", "--model_folder", head_folder
+        ),
+        "expected ASVspoof2019_LA_cm_protocols",
+    )
+    assert_refused(
+        shell("generate_score.py", "-t", "19LA", "--model_folder", tmp_path), "no such weights"
+    )
     (tmp_path / "result").mkdir()
     (tmp_path / "result/C1_result.txt").write_text("a.wav 0.5 real\nb.wav NaN fake\n")
-    assert_refused(shell("evaluate_score.py", "--result_folder", tmp_path / "result"), r"C1_result\.txt:2: expected a finite score")
+    assert_refused(
+        shell("evaluate_score.py", "--result_folder", tmp_path / "result"),
+        r"C1_result\.txt:2: expected a finite score",
+    )
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_cleanly_and_say_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     make_la(tmp_path / "LA", n_real=40)
-    command = [sys.executable, REPO / "preprocess.py", "-t", "19LA", "-d", tmp_path / "LA", "-f1", tmp_path / "f", "--feat", "mel", "--batch_size", "1", *CPU]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        REPO / "preprocess.py",
+        "-t",
+        "19LA",
+        "-d",
+        tmp_path / "LA",
+        "-f1",
+        tmp_path / "f",
+        "--feat",
+        "mel",
+        "--batch_size",
+        "1",
+        *CPU,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (tmp_path / "f/train/mel/cache.json").exists() and process.poll() is None:
         time.sleep(0.02)
-    os.killpg(process.pid, number)             # the terminal's Ctrl-C reaches the decoding processes as well
+    os.killpg(process.pid, number)  # the terminal's Ctrl-C reaches the decoding processes as well
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code, errors
     assert "run the same command again to go on" in errors and "Traceback" not in errors
@@ -394,9 +749,11 @@ def test_signals_end_cleanly_and_say_how_to_go_on(tmp_path: Path, number: int, c
 
 
 def test_a_second_process_on_the_same_output_stops(tmp_path: Path, corpora: Path) -> None:
-
     command = ["-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU]
-    with files.only_one(tmp_path / "f/train/mel"), pytest.raises(InputError, match="another process is writing there"):
+    with (
+        files.only_one(tmp_path / "f/train/mel"),
+        pytest.raises(InputError, match="another process is writing there"),
+    ):
         run(preprocess, *command)
     run(preprocess, *command)
     shutil.rmtree(tmp_path / "f")

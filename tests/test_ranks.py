@@ -1,4 +1,5 @@
 """Two processes under torchrun do what one does.    python -m pytest tests/test_ranks.py"""
+
 from __future__ import annotations
 
 import json
@@ -32,22 +33,43 @@ CPU = ["--gpu", "-1", "--num_workers", "1"]
 class Outcome:
     """What a launch came to."""
 
-    code: int                  # of torchrun: 0, or 1 where a rank failed
-    report: str                # torchrun's own
-    out: list[str]             # of each rank
+    code: int  # of torchrun: 0, or 1 where a rank failed
+    report: str  # torchrun's own
+    out: list[str]  # of each rank
     err: list[str]
 
 
 def torchrun(logs: Path, *command: object, n: int = 2) -> Outcome:
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", "--redirects=3", f"--log_dir={logs}",
-         *map(str, command)], capture_output=True, text=True, timeout=240, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    out, err = ([next(logs.glob(f"*/attempt_0/{rank}/{name}.log")).read_text() for rank in range(n)] for name in ("stdout", "stderr"))
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            "--redirects=3",
+            f"--log_dir={logs}",
+            *map(str, command),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    out, err = (
+        [next(logs.glob(f"*/attempt_0/{rank}/{name}.log")).read_text() for rank in range(n)]
+        for name in ("stdout", "stderr")
+    )
     return Outcome(result.returncode, result.stderr, out, err)
 
 
 def on_ranks(folder: Path, case: str, *commands: tuple[str, list]) -> Outcome:
-    lines = [json.dumps([(script, [str(word) for word in words]) for script, words in commands])] if commands else []
+    lines = (
+        [json.dumps([(script, [str(word) for word in words]) for script, words in commands])]
+        if commands
+        else []
+    )
     outcome = torchrun(folder / "logs", "-m", "tests.on_ranks", case, folder, *lines)
     assert outcome.code == 0 or case == "interrupted", "\n".join(outcome.err) + outcome.report
     return outcome
@@ -67,7 +89,11 @@ def run(module, words: list) -> None:
 
 
 def files(folder: Path, pattern: str = "*") -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob(pattern) if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob(pattern)
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 # ── preprocess.py ──
@@ -82,37 +108,68 @@ def damaged_codecfake(root: Path) -> Path:
     return root
 
 
-def test_caches_have_the_bytes_of_one_process(corpora: Path, ssl_narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_caches_have_the_bytes_of_one_process(
+    corpora: Path, ssl_narrow: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Also the list of failures, and where one rank looks at the index a second after the other; what is said is said once."""
     broken = damaged_codecfake(tmp_path / "Codecfake")
-    mel = ["-d", broken, "--feat", "mel", "--batch_size", 2, "--skip_missing", "--max_failed", 20, *CPU]
+    mel = [
+        "-d",
+        broken,
+        "--feat",
+        "mel",
+        "--batch_size",
+        2,
+        "--skip_missing",
+        "--max_failed",
+        20,
+        *CPU,
+    ]
     xlsr = ["-d", corpora / "Codecfake", "--ssl", ssl_narrow, "--batch_size", 4, *CPU]
     run(preprocess, [*mel, "-f", tmp_path / "one"])
     alone = capsys.readouterr().out
     run(preprocess, [*xlsr, "-f", tmp_path / "one"])
-    outcome = on_ranks(tmp_path, "slow_second_rank", ("preprocess", [*mel, "-f", tmp_path / "two"]), ("preprocess", [*xlsr, "-f", tmp_path / "two"]))
+    outcome = on_ranks(
+        tmp_path,
+        "slow_second_rank",
+        ("preprocess", [*mel, "-f", tmp_path / "two"]),
+        ("preprocess", [*xlsr, "-f", tmp_path / "two"]),
+    )
     expected = files(tmp_path / "one")
     assert len(expected["train/mel/failed.txt"].splitlines()) == 3 and len(expected) == 17
     assert files(tmp_path / "two") == expected
-    assert outcome.out[0].startswith(alone.replace("one/train", "two/train").replace("one/dev", "two/dev")) and outcome.out[1] == ""
+    assert (
+        outcome.out[0].startswith(
+            alone.replace("one/train", "two/train").replace("one/dev", "two/dev")
+        )
+        and outcome.out[1] == ""
+    )
     assert "12/12" in outcome.err[0] and "clip" not in outcome.err[1]
 
 
-def test_an_interrupted_run_goes_on_with_another_number_of_ranks(corpora: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_with_another_number_of_ranks(
+    corpora: Path, tmp_path: Path
+) -> None:
     command = ["-d", corpora / "Codecfake", "--feat", "mel", "--batch_size", 2, *CPU]
     run(preprocess, [*command, "-f", tmp_path / "one"])
-    outcome = on_ranks(tmp_path / "two", "interrupted", ("preprocess", [*command, "-f", tmp_path / "two"]))
+    outcome = on_ranks(
+        tmp_path / "two", "interrupted", ("preprocess", [*command, "-f", tmp_path / "two"])
+    )
     said = "".join(outcome.err).count("interrupted: run the same command again")
     assert outcome.code and said == 1 and "Traceback" not in "".join(outcome.err)
     assert files(tmp_path / "two/dev") != files(tmp_path / "one/dev")
     run(preprocess, [*command, "-f", tmp_path / "two"])
-    assert {part: files(tmp_path / "two" / part) for part in ("train", "dev")} == {part: files(tmp_path / "one" / part) for part in ("train", "dev")}
+    assert {part: files(tmp_path / "two" / part) for part in ("train", "dev")} == {
+        part: files(tmp_path / "one" / part) for part in ("train", "dev")
+    }
 
 
 # ── generate_score.py ──
 
 
-def test_scores_have_the_bytes_of_one_process(corpora: Path, ssl_1024: Path, tmp_path: Path) -> None:
+def test_scores_have_the_bytes_of_one_process(
+    corpora: Path, ssl_1024: Path, tmp_path: Path
+) -> None:
     """Two models on one pass, with files that cannot be read, on each rank."""
     heads = []
     for name, head in (("mel", model.LCNN("mel")), ("xlsr", model.W2VAASIST())):
@@ -122,11 +179,18 @@ def test_scores_have_the_bytes_of_one_process(corpora: Path, ssl_1024: Path, tmp
     broken = make_codecfake(tmp_path / "Codecfake", n_real=2)
     for name in ("s_000.wav", "s_001.wav", "F01_s_000.wav"):
         (broken / "test/C1" / name).write_text("no audio")
-    commands = [["-t", "codecfake", "-d", broken, "--subset", "C1", "--skip_missing"], ["-t", "ITW", "-d", corpora / "ITW"]]
+    commands = [
+        ["-t", "codecfake", "-d", broken, "--subset", "C1", "--skip_missing"],
+        ["-t", "ITW", "-d", corpora / "ITW"],
+    ]
     options = ["--model_folder", *heads, "--batch_size", 2, *CPU, "--result_folder"]
     for command in commands:
         run(generate_score, [*command, *options, tmp_path / "one"])
-    outcome = on_ranks(tmp_path, "commands", *(("generate_score", [*command, *options, tmp_path / "two"]) for command in commands))
+    outcome = on_ranks(
+        tmp_path,
+        "commands",
+        *(("generate_score", [*command, *options, tmp_path / "two"]) for command in commands),
+    )
     expected = files(tmp_path / "one", "*.txt")
     assert len(expected["mel/C1_missing.txt"].splitlines()) == 3 and len(expected) == 6
     assert files(tmp_path / "two", "*.txt") == expected
@@ -136,8 +200,14 @@ def test_scores_have_the_bytes_of_one_process(corpora: Path, ssl_1024: Path, tmp
 # ── main_train.py ──
 
 
-RUNS = {f"{head} {way}": (feat, head, way) for feat, head, ways in (
-    ("mel", "lcnn", ("plain", "CSAM")), ("xls-r-5", "W2VAASIST", ("plain", "SAM", "ASAM", "CSAM"))) for way in ways}
+RUNS = {
+    f"{head} {way}": (feat, head, way)
+    for feat, head, ways in (
+        ("mel", "lcnn", ("plain", "CSAM")),
+        ("xls-r-5", "W2VAASIST", ("plain", "SAM", "ASAM", "CSAM")),
+    )
+    for way in ways
+}
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +215,22 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rows of Codecfake and two of LA, whose classes differ."""
     root = tmp_path_factory.mktemp("features")
     for corpus, rows in (("Codecfake", 3), ("LA", 2)):
-        for part, feat in ((part, feat) for part in ("train", "dev") for feat in ("mel", "xls-r-5")):
+        for part, feat in (
+            (part, feat) for part in ("train", "dev") for feat in ("mel", "xls-r-5")
+        ):
             labels = np.arange(rows) % 2
-            values = np.random.default_rng((rows, len(part))).random((rows, *FEATURE_SHAPES[feat]), np.float32) + 0.2 * labels[:, None, None]
-            writer = CacheWriter(root / corpus / part / feat, [Trial(f"{corpus}{i}", "", int(label), "-") for i, label in enumerate(labels)],
-                                 {"feat": feat}, FEATURE_SHAPES[feat])
+            values = (
+                np.random.default_rng((rows, len(part))).random(
+                    (rows, *FEATURE_SHAPES[feat]), np.float32
+                )
+                + 0.2 * labels[:, None, None]
+            )
+            writer = CacheWriter(
+                root / corpus / part / feat,
+                [Trial(f"{corpus}{i}", "", int(label), "-") for i, label in enumerate(labels)],
+                {"feat": feat},
+                FEATURE_SHAPES[feat],
+            )
             writer.write(range(rows), values)
             writer.close()
     return root
@@ -162,10 +243,32 @@ def trained(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     Three rows in batches of two leave a last one of one row, and a rank without any.
     """
     root = tmp_path_factory.mktemp("trained")
-    commands = {processes: [
-        ["-t", "co-train" if way == "CSAM" else "codecfake", "-m", head, "--feat", feat, "-f", features / "Codecfake", "-f1", features / "LA",
-         "-o", root / processes / name, "--num_epochs", 2, "--batch_size", 2, *CPU,
-         *([] if way == "plain" else [f"--{way}"])] for name, (feat, head, way) in RUNS.items()] for processes in ("one", "two")}
+    commands = {
+        processes: [
+            [
+                "-t",
+                "co-train" if way == "CSAM" else "codecfake",
+                "-m",
+                head,
+                "--feat",
+                feat,
+                "-f",
+                features / "Codecfake",
+                "-f1",
+                features / "LA",
+                "-o",
+                root / processes / name,
+                "--num_epochs",
+                2,
+                "--batch_size",
+                2,
+                *CPU,
+                *([] if way == "plain" else [f"--{way}"]),
+            ]
+            for name, (feat, head, way) in RUNS.items()
+        ]
+        for processes in ("one", "two")
+    }
     with comparable():
         for command in commands["one"]:
             run(main_train, command)
@@ -176,20 +279,58 @@ def trained(features: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", RUNS)
 def test_training_takes_the_steps_of_one_process(trained: Path, name: str) -> None:
     """The loss divides by the weights of the whole batch, BatchNorm takes all its rows, SAM climbs the joint gradient."""
-    one, two = ([json.loads(line) for line in (trained / n / name / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = (
+        [json.loads(line) for line in (trained / n / name / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
     assert len(two) == 2
     for key in ("loss", "dev_loss", "dev_eer"):
-        np.testing.assert_allclose([record[key] for record in two], [record[key] for record in one], atol=1e-6, rtol=0, err_msg=key)
-    one, two = (model.load_head(trained / n / name / "checkpoint/anti-spoofing_feat_model_2.pt").state_dict() for n in ("one", "two"))
+        np.testing.assert_allclose(
+            [record[key] for record in two],
+            [record[key] for record in one],
+            atol=1e-6,
+            rtol=0,
+            err_msg=key,
+        )
+    one, two = (
+        model.load_head(
+            trained / n / name / "checkpoint/anti-spoofing_feat_model_2.pt"
+        ).state_dict()
+        for n in ("one", "two")
+    )
     for key in one:
-        torch.testing.assert_close(two[key], one[key], atol=1e-6, rtol=1e-5, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(
+            two[key], one[key], atol=1e-6, rtol=1e-5, msg=lambda text: f"{key}: {text}"
+        )
 
 
 def test_a_run_of_two_ranks_goes_on_as_one(trained: Path, features: Path, tmp_path: Path) -> None:
     """Its state holds no trace of how many wrote it."""
     name = "lcnn CSAM"
-    run(main_train, ["-t", "co-train", "-m", "lcnn", "--feat", "mel", "-f", features / "Codecfake", "-f1", features / "LA", "-o", trained / "two" / name,
-                     "--num_epochs", 3, "--batch_size", 2, "--CSAM", "--continue_training", *CPU])
+    run(
+        main_train,
+        [
+            "-t",
+            "co-train",
+            "-m",
+            "lcnn",
+            "--feat",
+            "mel",
+            "-f",
+            features / "Codecfake",
+            "-f1",
+            features / "LA",
+            "-o",
+            trained / "two" / name,
+            "--num_epochs",
+            3,
+            "--batch_size",
+            2,
+            "--CSAM",
+            "--continue_training",
+            *CPU,
+        ],
+    )
     records = (trained / "two" / name / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in records] == [1, 2, 3]
 
@@ -206,13 +347,29 @@ def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path) -> Non
         parts = [torch.load(tmp_path / f"{kind} {rank}.pt", weights_only=True) for rank in range(2)]
         for what, joint in expected.items():
             for rank, part in enumerate(parts):
-                torch.testing.assert_close(part[what], joint[rank::2], atol=1e-3 if kind == "far from zero" else 1e-5, rtol=1e-5,
-                                           msg=lambda text: f"{kind}, {what}, rank {rank}: {text}")
+                torch.testing.assert_close(
+                    part[what],
+                    joint[rank::2],
+                    atol=1e-3 if kind == "far from zero" else 1e-5,
+                    rtol=1e-5,
+                    msg=lambda text: f"{kind}, {what}, rank {rank}: {text}",
+                )
         for number, parameter in enumerate(layer.parameters()):
-            torch.testing.assert_close(sum(part["parameters"][number] for part in parts), parameter.grad, atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(
+                sum(part["parameters"][number] for part in parts),
+                parameter.grad,
+                atol=1e-3,
+                rtol=1e-4,
+            )
         for name, tensor in before.items():
             for part in parts:
-                torch.testing.assert_close(part["state"][name], tensor, atol=1e-5, rtol=1e-5, msg=lambda text: f"{kind}, {name}: {text}")
+                torch.testing.assert_close(
+                    part["state"][name],
+                    tensor,
+                    atol=1e-5,
+                    rtol=1e-5,
+                    msg=lambda text: f"{kind}, {name}: {text}",
+                )
 
 
 # ── Mistakes ──
@@ -221,22 +378,48 @@ def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path) -> Non
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [ranks.gpu(asked) for asked in (None, 1, -1)] == [None, 1, -1]          # one process: as asked
+    assert [ranks.gpu(asked) for asked in (None, 1, -1)] == [None, 1, -1]  # one process: as asked
     monkeypatch.setattr(ranks, "_size", 3)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert [ranks.gpu(asked) for asked in (None, -1)] == [1, -1]
     with pytest.raises(InputError, match="--gpu 0: names one GPU, but of 3 processes"):
         ranks.gpu(0)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="process 3 of this machine finds no GPU left, torch sees 2; .*--nproc_per_node"):
+    with pytest.raises(
+        InputError,
+        match="process 3 of this machine finds no GPU left, torch sees 2; .*--nproc_per_node",
+    ):
         ranks.gpu(None)
 
 
-@pytest.mark.parametrize("command, message", [
-    (["preprocess.py", "--feat", "mel", "-d", "{}", "--max_failed", 10, "--skip_missing", "-f", "{}/f", "--batch_size", 2, *CPU], "3 of 12 files cannot be read, more than"),
-    (["preprocess.py", "--feat", "mel", "-d", "{}/nowhere", "-f", "{}/f", *CPU], "nowhere: no such folder"),
-    (["main_train.py", "-t", "everything"], "invalid choice: 'everything'"),
-])
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (
+            [
+                "preprocess.py",
+                "--feat",
+                "mel",
+                "-d",
+                "{}",
+                "--max_failed",
+                10,
+                "--skip_missing",
+                "-f",
+                "{}/f",
+                "--batch_size",
+                2,
+                *CPU,
+            ],
+            "3 of 12 files cannot be read, more than",
+        ),
+        (
+            ["preprocess.py", "--feat", "mel", "-d", "{}/nowhere", "-f", "{}/f", *CPU],
+            "nowhere: no such folder",
+        ),
+        (["main_train.py", "-t", "everything"], "invalid choice: 'everything'"),
+    ],
+)
 def test_a_mistake_ends_all_ranks_in_one_line(tmp_path: Path, command: list, message: str) -> None:
     """Whether one rank meets it, or all do; torchrun adds its own report."""
     damaged_codecfake(tmp_path)

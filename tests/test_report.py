@@ -1,4 +1,5 @@
 """The HTML report, as text and in a real browser. Run: python -m pytest tests/test_report.py"""
+
 from __future__ import annotations
 
 import base64
@@ -28,10 +29,21 @@ def page(tmp_path_factory) -> Path:
         for subset in ("19LA", "C1", "C2"):
             words = ["real"] * 50 + ["fake"] * 50
             names = [f"u{i}.wav" for i in range(50)] + [f"F01_u{i}.wav" for i in range(50)]
-            scores = [(i * 37 % 100) + (shift if word == "real" else 0) for i, word in enumerate(words)]
+            scores = [
+                (i * 37 % 100) + (shift if word == "real" else 0) for i, word in enumerate(words)
+            ]
             write_scores(folder / "result" / model / f"{subset}_result.txt", names, scores, words)
     (folder / "result" / "plain" / "A3_result.txt").write_text("v.wav 0.5 fake\n")
-    evaluate_score.main(["--result_folder", str(folder / "result"), "--report", str(folder / "page"), "--resamples", "100"])
+    evaluate_score.main(
+        [
+            "--result_folder",
+            str(folder / "result"),
+            "--report",
+            str(folder / "page"),
+            "--resamples",
+            "100",
+        ]
+    )
     return folder / "page" / "index.html"
 
 
@@ -55,7 +67,9 @@ def test_the_page_is_whole_and_needs_no_other_file(page):
     parser = Nesting()
     parser.feed(page.read_text(encoding="utf-8"))
     assert parser.open == []
-    assert len(parser.links) == 1 + 3 * 2 and all(link.startswith("data:image/svg+xml;base64,") for link in parser.links)
+    assert len(parser.links) == 1 + 3 * 2 and all(
+        link.startswith("data:image/svg+xml;base64,") for link in parser.links
+    )
     for link in parser.links:
         assert b"<svg" in base64.b64decode(link.split(",")[1])
     assert list(page.parent.iterdir()) == [page]
@@ -69,8 +83,14 @@ def test_names_from_the_file_system_are_text_on_the_page(page):
 
 def test_tables_and_their_notes_are_on_the_page(page):
     text = html.unescape(re.sub("<[^>]+>", "", page.read_text(encoding="utf-8")))
-    for part in ("What the EERs are worth", "source utterance", "minDCF", "A3's real files are not distributed",
-                 "the scores point the wrong way", "evaluate_score.py --result_folder"):
+    for part in (
+        "What the EERs are worth",
+        "source utterance",
+        "minDCF",
+        "A3's real files are not distributed",
+        "the scores point the wrong way",
+        "evaluate_score.py --result_folder",
+    ):
         assert part in text, part
 
 
@@ -88,16 +108,37 @@ def test_the_page_fits_its_window_in_a_real_browser(page, tmp_path, width):
     if not chromium:
         pytest.skip("needs chromium (Debian package of that name)")
     # Headless windows have a least width, so the page is put into a frame of the width in question.
-    probe = ("<script>onload = () => { const page = frames[0].document; document.title = JSON.stringify([page.documentElement.scrollWidth,"
-             "[...page.images].every(i => i.complete && i.naturalWidth > 0), page.querySelectorAll('table').length,"
-             "[...page.querySelectorAll('table')].filter(t => t.getBoundingClientRect().height > 40).length]) }</script>")
+    probe = (
+        "<script>onload = () => { const page = frames[0].document; document.title = JSON.stringify([page.documentElement.scrollWidth,"
+        "[...page.images].every(i => i.complete && i.naturalWidth > 0), page.querySelectorAll('table').length,"
+        "[...page.querySelectorAll('table')].filter(t => t.getBoundingClientRect().height > 40).length]) }</script>"
+    )
     frame = tmp_path / "frame.html"
-    frame.write_text(f'<!DOCTYPE html><meta charset="utf-8"><iframe style="border:0" width="{width}" height="800" '
-                     f'srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>{probe}', encoding="utf-8")
-    done = subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                           "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                           f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", frame.as_uri()],
-                          capture_output=True, text=True, timeout=120)
+    frame.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="border:0" width="{width}" height="800" '
+        f'srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>{probe}',
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [
+            chromium,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            frame.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-500:]
     scroll_width, images, n_tables, n_visible = title[1].strip("[]").split(",")

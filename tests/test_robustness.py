@@ -1,4 +1,5 @@
 """Damage, hostile files, full disks, kills: the fast part of tests/torture.py.    python -m pytest tests/test_robustness.py"""
+
 from __future__ import annotations
 
 import errno
@@ -58,7 +59,10 @@ def run(module, *arguments: object) -> None:
 def make_cache(folder: Path, rows: int = 6, feat: str = "mel") -> Path:
     trials = [Trial(f"t{i}.wav", f"/nowhere/t{i}.wav", i % 2, "-") for i in range(rows)]
     writer = CacheWriter(folder, trials, {"feat": feat}, dataset.FEATURE_SHAPES[feat])
-    writer.write(range(rows), np.random.default_rng(rows).random((rows, *dataset.FEATURE_SHAPES[feat]), np.float32))
+    writer.write(
+        range(rows),
+        np.random.default_rng(rows).random((rows, *dataset.FEATURE_SHAPES[feat]), np.float32),
+    )
     writer.close()
     return folder
 
@@ -72,7 +76,25 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(features: Path, out: Path, *options: object) -> Path:
-    run(main_train, "-t", "codecfake", "-m", "lcnn", "--feat", "mel", "-f", features, "-o", out, "--batch_size", 4, "--num_epochs", 1, *CPU, *options)
+    run(
+        main_train,
+        "-t",
+        "codecfake",
+        "-m",
+        "lcnn",
+        "--feat",
+        "mel",
+        "-f",
+        features,
+        "-o",
+        out,
+        "--batch_size",
+        4,
+        "--num_epochs",
+        1,
+        *CPU,
+        *options,
+    )
     return out
 
 
@@ -96,7 +118,9 @@ def test_programs_by_hand_are_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_tensor_inside_its_storage_is_read(tmp_path: Path) -> None:
     program = storage_program(b"K\x02\x85", b"K\x01\x85", b"K\x02")
-    assert torch_files.load(write_program(tmp_path / "x.pt", program, **{"data/0": TWO_FLOATS})).tolist() == [1, 2]
+    assert torch_files.load(
+        write_program(tmp_path / "x.pt", program, **{"data/0": TWO_FLOATS})
+    ).tolist() == [1, 2]
 
 
 def test_unusual_archives_are_refused(tmp_path: Path) -> None:
@@ -109,37 +133,78 @@ def test_unusual_archives_are_refused(tmp_path: Path) -> None:
 def test_what_torch_saves_comes_back(tmp_path: Path) -> None:
     """All that our own files and the released ones hold, views into one storage and empty tensors included."""
     base = torch.arange(12.0)
-    content = {"a": [1, -1, 2**40, 0.5, None, True, False, "x", ()], "b": (base.view(3, 4).T, base[3:]), 7: torch.empty(0, 3),
-               "d": nn.Parameter(torch.eye(2)), "half": torch.ones(2, dtype=torch.float16)}
+    content = {
+        "a": [1, -1, 2**40, 0.5, None, True, False, "x", ()],
+        "b": (base.view(3, 4).T, base[3:]),
+        7: torch.empty(0, 3),
+        "d": nn.Parameter(torch.eye(2)),
+        "half": torch.ones(2, dtype=torch.float16),
+    }
     torch_files.save(tmp_path / "x.pt", content)
     found = torch_files.load(tmp_path / "x.pt")
     assert found["a"] == content["a"] and found.keys() == content.keys()
-    for one, other in ((found["b"][0], content["b"][0]), (found["b"][1], base[3:]), (found["d"], torch.eye(2)), (found["half"], content["half"]), (found[7], content[7])):
+    for one, other in (
+        (found["b"][0], content["b"][0]),
+        (found["b"][1], base[3:]),
+        (found["d"], torch.eye(2)),
+        (found["half"], content["half"]),
+        (found[7], content[7]),
+    ):
         assert one.dtype == other.dtype and torch.equal(one, other)
     found["b"][0][0, 0] = 99
-    assert found["b"][0].untyped_storage().data_ptr() == found["b"][1].untyped_storage().data_ptr(), "shared storages stay shared"
+    assert (
+        found["b"][0].untyped_storage().data_ptr() == found["b"][1].untyped_storage().data_ptr()
+    ), "shared storages stay shared"
 
 
-@pytest.mark.parametrize("info", [{"train_task": ["x"]}, {"ssl": 5}, {"front_end": "mel"}, {"x": torch.zeros(1)}, {"x": doubled(60)}, {"x": doubled(19)}, "text"],
-                         ids=["task", "ssl", "front end", "tensor", "doubled", "large", "text"])
+@pytest.mark.parametrize(
+    "info",
+    [
+        {"train_task": ["x"]},
+        {"ssl": 5},
+        {"front_end": "mel"},
+        {"x": torch.zeros(1)},
+        {"x": doubled(60)},
+        {"x": doubled(19)},
+        "text",
+    ],
+    ids=["task", "ssl", "front end", "tensor", "doubled", "large", "text"],
+)
 def test_a_checkpoints_record_must_be_plain(tmp_path: Path, info: object) -> None:
     model.save_head(tmp_path / "x.pt", model.LCNN("mel"), info)
     with pytest.raises(InputError, match="record of something else"):
         model.load_head(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.pop("settings"), lambda s: s.update(epoch="2"), lambda s: s["progress"].pop("step"), lambda s: s["progress"].update(loss="x"),
-    lambda s: s.update(history=[{}]), lambda s: s["head"].popitem(), lambda s: s["optimiser"].pop("state"),
-    lambda s: s["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)), lambda s: s["optimiser"]["state"].update({999: {}}), lambda s: s.update(settings=doubled(60)),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("settings"),
+        lambda s: s.update(epoch="2"),
+        lambda s: s["progress"].pop("step"),
+        lambda s: s["progress"].update(loss="x"),
+        lambda s: s.update(history=[{}]),
+        lambda s: s["head"].popitem(),
+        lambda s: s["optimiser"].pop("state"),
+        lambda s: s["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)),
+        lambda s: s["optimiser"]["state"].update({999: {}}),
+        lambda s: s.update(settings=doubled(60)),
+    ],
+)
 def test_a_state_of_other_parts_is_refused(tmp_path: Path, change) -> None:
     head = nn.Linear(3, 2)
     optimiser = torch.optim.Adam(head.parameters())
     head(torch.rand(2, 3)).sum().backward()
     optimiser.step()
-    state = {"format": main_train.STATE_FORMAT, "settings": {}, "epoch": 1, "progress": vars(main_train.Progress()), "history": [],
-             "head": dict(head.state_dict()), "optimiser": optimiser.state_dict()}
+    state = {
+        "format": main_train.STATE_FORMAT,
+        "settings": {},
+        "epoch": 1,
+        "progress": vars(main_train.Progress()),
+        "history": [],
+        "head": dict(head.state_dict()),
+        "optimiser": optimiser.state_dict(),
+    }
     assert main_train.fits(head, state["head"], state["optimiser"])
     change(state)
     torch_files.save(tmp_path / "last_state.pt", state)
@@ -152,13 +217,22 @@ def test_a_state_of_other_parts_is_refused(tmp_path: Path, change) -> None:
 # ── Protocols ──
 
 
-@pytest.mark.parametrize("row, message", [
-    ('1.wav,"never closed,spoof', "meta.csv:2: expected `file,speaker,label`"), ("1.wav,a\0b,spoof", None), ('"../1.wav",a,spoof', "plain file name"),
-    ("/etc/passwd,a,spoof", "plain file name"), ('1.wav,"' + "x" * 200_000 + '",spoof', "over 4096 characters"), ("1\x1b[2J.wav,a,spoof", "plain file name"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ('1.wav,"never closed,spoof', "meta.csv:2: expected `file,speaker,label`"),
+        ("1.wav,a\0b,spoof", None),
+        ('"../1.wav",a,spoof', "plain file name"),
+        ("/etc/passwd,a,spoof", "plain file name"),
+        ('1.wav,"' + "x" * 200_000 + '",spoof', "over 4096 characters"),
+        ("1\x1b[2J.wav,a,spoof", "plain file name"),
+    ],
+)
 def test_hostile_rows_of_meta_csv(tmp_path: Path, row: str, message: str | None) -> None:
     """An open quote would swallow the rest of the file, or end in an error of the csv module."""
-    (tmp_path / "meta.csv").write_text("file,speaker,label\n" + row + "\n" + "2.wav,b,bona-fide\n" * 5)
+    (tmp_path / "meta.csv").write_text(
+        "file,speaker,label\n" + row + "\n" + "2.wav,b,bona-fide\n" * 5
+    )
     if message is None:
         assert len(dataset.read_protocol("ITW", tmp_path, "all")) == 6
         return
@@ -166,25 +240,47 @@ def test_hostile_rows_of_meta_csv(tmp_path: Path, row: str, message: str | None)
         dataset.read_protocol("ITW", tmp_path, "all")
 
 
-PROTOCOLS = {"codecfake": ("label/train.txt", "train"), "19LA": ("ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.train.trn.txt", "train"),
-             "ITW": ("meta.csv", "all")}
-plain, word = st.sampled_from(["a.wav", "b", "-", "1", "L1"]), st.sampled_from(["real", "fake", "bonafide", "bona-fide", "spoof"])
-strange = st.sampled_from(["..", "../b", "/c", "d/e", "x\x1b[m", "\u202e", "\\", ""]) | st.text(max_size=6)
+PROTOCOLS = {
+    "codecfake": ("label/train.txt", "train"),
+    "19LA": ("ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.train.trn.txt", "train"),
+    "ITW": ("meta.csv", "all"),
+}
+plain, word = (
+    st.sampled_from(["a.wav", "b", "-", "1", "L1"]),
+    st.sampled_from(["real", "fake", "bonafide", "bona-fide", "spoof"]),
+)
+strange = st.sampled_from(["..", "../b", "/c", "d/e", "x\x1b[m", "\u202e", "\\", ""]) | st.text(
+    max_size=6
+)
 one = plain | strange
-well_formed = {"codecfake": st.tuples(one, word, one), "19LA": st.tuples(one, one, plain, one, word), "ITW": st.tuples(one, one, word)}
+well_formed = {
+    "codecfake": st.tuples(one, word, one),
+    "19LA": st.tuples(one, one, plain, one, word),
+    "ITW": st.tuples(one, one, word),
+}
 
 
 @pytest.mark.parametrize("task", PROTOCOLS)
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_whatever_a_protocol_holds_paths_stay_in_the_corpus(tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject) -> None:
+def test_whatever_a_protocol_holds_paths_stay_in_the_corpus(
+    tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject
+) -> None:
     """Either every row becomes a trial that is safe to open and to print, or one line says which row is not."""
-    rows = data.draw(st.lists(well_formed[task], max_size=3) | st.lists(st.lists(one | word, max_size=6), max_size=3))
-    separator, end = data.draw(st.sampled_from([",", "\t"] if task == "ITW" else [" ", "\t"])), data.draw(st.sampled_from(["\n", "\r\n", " \n"]))
+    rows = data.draw(
+        st.lists(well_formed[task], max_size=3)
+        | st.lists(st.lists(one | word, max_size=6), max_size=3)
+    )
+    separator, end = (
+        data.draw(st.sampled_from([",", "\t"] if task == "ITW" else [" ", "\t"])),
+        data.draw(st.sampled_from(["\n", "\r\n", " \n"])),
+    )
     root = tmp_path_factory.getbasetemp() / f"protocols_{task}"
     file, part = PROTOCOLS[task]
     (root / file).parent.mkdir(parents=True, exist_ok=True)
-    (root / file).write_bytes("".join(separator.join(row) + end for row in rows).encode("utf-8", "surrogatepass"))
+    (root / file).write_bytes(
+        "".join(separator.join(row) + end for row in rows).encode("utf-8", "surrogatepass")
+    )
     try:
         trials = dataset.read_protocol(task, root, part)
     except InputError as error:
@@ -208,7 +304,20 @@ def test_repeated_names_are_refused_before_scoring(tmp_path: Path) -> None:
         file.write("s_000.wav real 0\n")
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
     with pytest.raises(InputError, match="C1: expected each trial once, got 's_000.wav' again"):
-        run(generate_score, "-t", "codecfake", "-d", root, "--subset", "C1", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU)
+        run(
+            generate_score,
+            "-t",
+            "codecfake",
+            "-d",
+            root,
+            "--subset",
+            "C1",
+            "--model_folder",
+            tmp_path,
+            "--result_folder",
+            tmp_path / "r",
+            *CPU,
+        )
     assert not (tmp_path / "r").exists()
 
 
@@ -227,7 +336,9 @@ def damage_header(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_header, Path.unlink])
 @pytest.mark.parametrize("name", ["features_00001.npy", "index.npy", "trials.tsv", "cache.json"])
-def test_repair_redoes_what_is_damaged_and_no_more(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage) -> None:
+def test_repair_redoes_what_is_damaged_and_no_more(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage
+) -> None:
     monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
     command = ["-d", corpora / "Codecfake", "-f", tmp_path, "--feat", "mel", *CPU]
     run(preprocess, *command)
@@ -236,21 +347,41 @@ def test_repair_redoes_what_is_damaged_and_no_more(corpora: Path, tmp_path: Path
     damage(folder / name)
     with pytest.raises(InputError, match=rf"{name}: |no feature cache to verify"):
         run(preprocess, *command, "--verify")
-    if not (folder / "cache.json").exists():   # then it is as if never made: an ordinary run makes it
+    if not (
+        folder / "cache.json"
+    ).exists():  # then it is as if never made: an ordinary run makes it
         run(preprocess, *command)
     else:
         written: list[int] = []
         real_write = CacheWriter.write
-        monkeypatch.setattr(CacheWriter, "write", lambda self, rows, values: written.extend(rows) or real_write(self, rows, values))
+        monkeypatch.setattr(
+            CacheWriter,
+            "write",
+            lambda self, rows, values: written.extend(rows) or real_write(self, rows, values),
+        )
         run(preprocess, *command, "--verify", "--repair")
-        everything = name == "cache.json" or (name == "index.npy" and damage is Path.unlink)      # nobody knows what is whole
+        everything = name == "cache.json" or (
+            name == "index.npy" and damage is Path.unlink
+        )  # nobody knows what is whole
         assert len(written) == 12 if everything else len(written) < 12
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
-def test_a_changed_digit_of_a_score_is_found(corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_changed_digit_of_a_score_is_found(
+    corpora: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
-    command = ["-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU]
+    command = [
+        "-t",
+        "ITW",
+        "-d",
+        corpora / "ITW",
+        "--model_folder",
+        tmp_path,
+        "--result_folder",
+        tmp_path / "r",
+        *CPU,
+    ]
     run(generate_score, *command)
     path = tmp_path / "r/ITW_result.txt"
     run(evaluate_score, "--result_folder", tmp_path / "r", "--no_ci")
@@ -260,7 +391,10 @@ def test_a_changed_digit_of_a_score_is_found(corpora: Path, tmp_path: Path, caps
     run(evaluate_score, "--result_folder", tmp_path / "r", "--no_ci")
     assert re.search(r"WARNING: .*ITW_result\.txt was edited or damaged", capsys.readouterr().out)
     (tmp_path / "r/provenance.json").write_text("{")
-    for script, options in ((evaluate_score, ["--result_folder", tmp_path / "r", "--no_ci"]), (generate_score, [*command, "--overwrite"])):
+    for script, options in (
+        (evaluate_score, ["--result_folder", tmp_path / "r", "--no_ci"]),
+        (generate_score, [*command, "--overwrite"]),
+    ):
         with pytest.raises(InputError, match=r"provenance\.json: damaged"):
             run(script, *options)
     (tmp_path / "r/provenance.json").unlink()
@@ -294,13 +428,21 @@ def test_zeroed_entries_of_the_index_are_told_when_verifying(corpora: Path, tmp_
 
 def open_writer(folder: Path, root: Path) -> CacheWriter:
     meta = json.loads((folder / "cache.json").read_text())
-    return CacheWriter(folder, dataset.read_protocol("codecfake", root, "train"), meta["front_end"], (505, 80), meta["dtype"])
+    return CacheWriter(
+        folder,
+        dataset.read_protocol("codecfake", root, "train"),
+        meta["front_end"],
+        (505, 80),
+        meta["dtype"],
+    )
 
 
 # ── Training ──
 
 
-def test_weights_that_are_not_finite_are_never_saved(features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_never_saved(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step of finite loss can leave them so; the dev set may hold one class and no EER to stumble over it."""
     out = train(features, tmp_path / "run")
     before = {path: path.read_bytes() for path in out.rglob("*.pt")}
@@ -310,9 +452,12 @@ def test_weights_that_are_not_finite_are_never_saved(features: Path, tmp_path: P
         loss = real_step(head, *arguments)
         head.state_dict()["fc_mu.bias"].fill_(float("nan"))
         return loss
+
     monkeypatch.setattr(main_train, "train_step", poisoned)
     monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
-    with pytest.raises(InputError, match="epoch 2, after step 1: fc_mu.bias is not finite any more"):
+    with pytest.raises(
+        InputError, match="epoch 2, after step 1: fc_mu.bias is not finite any more"
+    ):
         train(features, out, "--num_epochs", 2, "--continue_training")
     assert {path: path.read_bytes() for path in out.rglob("*.pt")} == before
 
@@ -321,16 +466,34 @@ def out_of_memory(*arguments, **options):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_running_out_of_memory_says_what_to_lower(features: Path, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_says_what_to_lower(
+    features: Path, corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="out of memory with --batch_size 4; lower it"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match="out of memory with --batch_size 4; lower it"),
+    ):
         patch.setattr(main_train, "train_step", out_of_memory)
         train(features, tmp_path / "run")
     monkeypatch.setattr(frontends.Mel, "forward", out_of_memory)
     with pytest.raises(InputError, match="out of memory with --batch_size 8"):
         run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU)
     with pytest.raises(InputError, match="out of memory with --batch_size 3"):
-        run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU, "--batch_size", 3)
+        run(
+            generate_score,
+            "-t",
+            "ITW",
+            "-d",
+            corpora / "ITW",
+            "--model_folder",
+            tmp_path,
+            "--result_folder",
+            tmp_path / "r",
+            *CPU,
+            "--batch_size",
+            3,
+        )
     with pytest.raises(RuntimeError, match="of another kind"), devices.memory_advice(1):
         raise RuntimeError("of another kind")
 
@@ -359,8 +522,18 @@ def fill(folder: Path) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("blow", [fails_with(errno.ENOSPC), fails_with(errno.EROFS), lambda: (_ for _ in ()).throw(KeyboardInterrupt)], ids=["full", "read-only", "stopped"])
-def test_a_cache_goes_on_after_a_fault_at_every_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow) -> None:
+@pytest.mark.parametrize(
+    "blow",
+    [
+        fails_with(errno.ENOSPC),
+        fails_with(errno.EROFS),
+        lambda: (_ for _ in ()).throw(KeyboardInterrupt),
+    ],
+    ids=["full", "read-only", "stopped"],
+)
+def test_a_cache_goes_on_after_a_fault_at_every_action(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blow
+) -> None:
     monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
     with (counted := Fuse(tmp_path)).installed():
         fill(tmp_path / "whole")
@@ -375,7 +548,11 @@ def test_a_cache_goes_on_after_a_fault_at_every_action(tmp_path: Path, monkeypat
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
@@ -383,36 +560,76 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
     path, at = tmp_path / "x.pt", 0
     torch_files.save(path, {"x": torch.zeros(10)})
     whole = path.read_bytes()
-    for at in range(1, 5):             # open, write, fsync, rename
-        with Fuse(tmp_path, at, fails_with(errno.ENOSPC)).installed(), pytest.raises(OSError) as caught:
+    for at in range(1, 5):  # open, write, fsync, rename
+        with (
+            Fuse(tmp_path, at, fails_with(errno.ENOSPC)).installed(),
+            pytest.raises(OSError) as caught,
+        ):
             torch_files.save(path, {"x": torch.ones(10)})
         assert path.read_bytes() == whole and not path.with_name("x.pt.part").exists()
-        assert cli.describe(caught.value).startswith(str(path)) and "free some space and run the same command again" in cli.describe(caught.value)
+        assert cli.describe(caught.value).startswith(
+            str(path)
+        ) and "free some space and run the same command again" in cli.describe(caught.value)
 
 
 # ── Determinism ──
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_caches_weights_and_scores_do_not_depend_on_the_workers(corpora: Path, tmp_path: Path) -> None:
+def test_caches_weights_and_scores_do_not_depend_on_the_workers(
+    corpora: Path, tmp_path: Path
+) -> None:
     """To the last byte, over three runs with 0, 1 and 4 workers."""
     folders, root = [], make_codecfake(tmp_path / "Codecfake", n_real=1)
     for number, workers in enumerate((0, 1, 4)):
         folders.append(folder := tmp_path / str(number))
         cpu = ["--gpu", "-1", "--num_workers", workers]
         run(preprocess, "-d", root, "-f", folder / "f", "--feat", "mel", "--batch_size", 1, *cpu)
-        run(main_train, "-t", "codecfake", "-m", "lcnn", "--feat", "mel", "-f", folder / "f", "-o", folder / "m", "--num_epochs", 1, "--batch_size", 2, *cpu)
-        run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", folder / "m", "--result_folder", folder / "r", *cpu)
+        run(
+            main_train,
+            "-t",
+            "codecfake",
+            "-m",
+            "lcnn",
+            "--feat",
+            "mel",
+            "-f",
+            folder / "f",
+            "-o",
+            folder / "m",
+            "--num_epochs",
+            1,
+            "--batch_size",
+            2,
+            *cpu,
+        )
+        run(
+            generate_score,
+            "-t",
+            "ITW",
+            "-d",
+            corpora / "ITW",
+            "--model_folder",
+            folder / "m",
+            "--result_folder",
+            folder / "r",
+            *cpu,
+        )
     for folder in folders[1:]:
         for part, pattern in (("f", "*.*"), ("m", "anti*.pt"), ("r", "*.txt")):
-            found, expected = ({path.relative_to(root): path.read_bytes() for path in root.rglob(pattern)} for root in (folder / part, folders[0] / part))
+            found, expected = (
+                {path.relative_to(root): path.read_bytes() for path in root.rglob(pattern)}
+                for root in (folder / part, folders[0] / part)
+            )
             assert found == expected and found, part
 
 
 # ── Names ──
 
 
-def test_escapes_in_names_never_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_escapes_in_names_never_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Names of recordings and of models, what a checkpoint says of itself, and names that are not even UTF-8."""
     head = tmp_path / "head\x1b[2J"
     head.mkdir()
@@ -420,15 +637,33 @@ def test_escapes_in_names_never_reach_the_terminal(tmp_path: Path, capsys: pytes
     (recordings := tmp_path / "mine").mkdir()
     for name in (b"a\x1b[31m.wav", b"b\xff.wav", b"c\nd.wav"):
         write_tone(tmp_path / "tone.wav").rename(recordings / os.fsdecode(name))
-    command = ["-t", "audio", "--path", tmp_path / "mine", "--model_folder", head, "--result_folder", tmp_path / "r\x1b", *CPU]
+    command = [
+        "-t",
+        "audio",
+        "--path",
+        tmp_path / "mine",
+        "--model_folder",
+        head,
+        "--result_folder",
+        tmp_path / "r\x1b",
+        *CPU,
+    ]
     run(generate_score, *command)
     (tmp_path / "mine/bad\x1b.wav").write_text("no audio")
     with pytest.raises(InputError, match="1 of 4"):
         run(generate_score, *command)
     printed = capsys.readouterr()
-    assert "\x1b" not in printed.out + printed.err and "\\x1b[31m.wav" in printed.out and "by me" in printed.out
+    assert (
+        "\x1b" not in printed.out + printed.err
+        and "\\x1b[31m.wav" in printed.out
+        and "by me" in printed.out
+    )
     names = [unquote_to_bytes(name) for name in eval_names(tmp_path / "r\x1b/audio_result.txt")]
-    assert {name.rpartition(b"/")[2] for name in names} == {b"a\x1b[31m.wav", b"b\xff.wav", b"c\nd.wav"}
+    assert {name.rpartition(b"/")[2] for name in names} == {
+        b"a\x1b[31m.wav",
+        b"b\xff.wav",
+        b"c\nd.wav",
+    }
 
 
 def eval_names(path: Path) -> list[str]:
@@ -469,12 +704,16 @@ def test_a_second_signal_does_not_break_off_the_clean_end(monkeypatch: pytest.Mo
 
 def test_a_helper_just_forked_leaves_signals_to_its_parent() -> None:
     """Ctrl-C reaches it before it could say so itself."""
-    code = ("import os, signal, sys; sys.path.insert(0, sys.argv[1]); from runtime import cli\n"
-            "def main():\n"
-            "    if helper := os.fork(): sys.exit(os.waitpid(helper, 0)[1])\n"
-            "    os.kill(os.getpid(), signal.SIGINT); print('goes on')\n"
-            "cli.run(main, 'run it again')")
-    ended = subprocess.run([sys.executable, "-c", code, REPO], capture_output=True, text=True, timeout=60)
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1]); from runtime import cli\n"
+        "def main():\n"
+        "    if helper := os.fork(): sys.exit(os.waitpid(helper, 0)[1])\n"
+        "    os.kill(os.getpid(), signal.SIGINT); print('goes on')\n"
+        "cli.run(main, 'run it again')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, REPO], capture_output=True, text=True, timeout=60
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "goes on\n", "")
 
 
@@ -488,7 +727,9 @@ def test_a_worker_that_is_still_ending_is_waited_for() -> None:
     os.waitpid(helper, 0)
 
 
-def test_the_file_a_dead_worker_was_reading_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_a_dead_worker_was_reading_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [str(write_tone(tmp_path / f"clip{i}.wav", seconds=0.1)) for i in range(8)]
     real_load = audio._load_clip
 
@@ -496,34 +737,47 @@ def test_the_file_a_dead_worker_was_reading_is_named(tmp_path: Path, monkeypatch
         if path == paths[5]:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_load(path)
+
     monkeypatch.setattr(audio, "_load_clip", dies_at_the_sixth)
-    with pytest.raises(InputError, match=r"a decoding process died while it was reading \S*clip5\.wav; take that file out"):
+    with pytest.raises(
+        InputError,
+        match=r"a decoding process died while it was reading \S*clip5\.wav; take that file out",
+    ):
         list(dataset.clip_batches(paths, [[i] for i in range(8)], 2))
 
 
 def test_workers_do_not_speak_of_a_parent_that_ended_while_it_took_a_batch(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
     def ends(ticket: tuple) -> None:
         Client(ticket[0], authkey=multiprocessing.current_process().authkey).close()
-        time.sleep(0.3)                # the worker has this long to complain
+        time.sleep(0.3)  # the worker has this long to complain
         raise KeyboardInterrupt
+
     monkeypatch.setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(ends))
     with pytest.raises(KeyboardInterrupt):
         list(dataset.clip_batches([str(write_tone(tmp_path / "clip.wav", seconds=0.1))], [[0]], 1))
-    gc.collect()                       # ends the worker
+    gc.collect()  # ends the worker
     assert capfd.readouterr().err == ""
 
 
 def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> None:
     """A forked child inherits the descriptor, and with flock the lock."""
-    code = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
-            "with files.only_one(sys.argv[2]):\n"
-            "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
-            "    time.sleep(30)")
-    owner = subprocess.Popen([sys.executable, "-c", code, REPO, tmp_path], stdout=subprocess.PIPE, start_new_session=True)
+    code = (
+        "import os, sys, time; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
+        "with files.only_one(sys.argv[2]):\n"
+        "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
+        "    time.sleep(30)"
+    )
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, REPO, tmp_path], stdout=subprocess.PIPE, start_new_session=True
+    )
     try:
         owner.stdout.readline()
-        with pytest.raises(InputError, match="another process is writing there"), files.only_one(tmp_path):
+        with (
+            pytest.raises(InputError, match="another process is writing there"),
+            files.only_one(tmp_path),
+        ):
             pass
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
@@ -535,16 +789,38 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
 
 def test_two_processes_on_one_result_folder(corpora: Path, tmp_path: Path) -> None:
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
-    with files.only_one(tmp_path / "r"), pytest.raises(InputError, match="another process is writing there"):
-        run(generate_score, "-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU)
+    with (
+        files.only_one(tmp_path / "r"),
+        pytest.raises(InputError, match="another process is writing there"),
+    ):
+        run(
+            generate_score,
+            "-t",
+            "ITW",
+            "-d",
+            corpora / "ITW",
+            "--model_folder",
+            tmp_path,
+            "--result_folder",
+            tmp_path / "r",
+            *CPU,
+        )
 
 
 # ── What no other test reaches ──
 
 
-@pytest.mark.parametrize("task, file, row", [("19LA", "LA/ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.eval.trl.txt", "a b c"),
-                                             ("ITW", "label.txt", "a b c"), ("ITW", "meta.csv", "a.wav,spoof")])
-def test_rows_with_too_few_columns_are_named(tmp_path: Path, task: str, file: str, row: str) -> None:
+@pytest.mark.parametrize(
+    "task, file, row",
+    [
+        ("19LA", "LA/ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.eval.trl.txt", "a b c"),
+        ("ITW", "label.txt", "a b c"),
+        ("ITW", "meta.csv", "a.wav,spoof"),
+    ],
+)
+def test_rows_with_too_few_columns_are_named(
+    tmp_path: Path, task: str, file: str, row: str
+) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(f"{row}\n")
     with pytest.raises(InputError, match=rf"{Path(file).name}:1: expected .*, got \d columns"):
@@ -562,6 +838,7 @@ def test_a_rate_that_no_converter_has_is_refused(tmp_path: Path) -> None:
 def test_a_defect_in_decoding_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(path):
         raise RuntimeError("a defect")
+
     monkeypatch.setattr(audio, "_load_clip", fails)
     with pytest.raises(RuntimeError, match="a defect"):
         list(dataset.clip_batches(["x"], [[0]], 0))
@@ -572,7 +849,9 @@ def test_csam_needs_two_corpora() -> None:
         dataset.proportional_batches([3], 8, 688, 1)
 
 
-def test_a_cache_that_fails_under_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_fails_under_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cut while open: the row is damaged. A disk that reports an error: the file is named. No row left: said so."""
     folder = make_cache(tmp_path / "train/mel", rows=2)
     cache = FeatureCache(folder)
@@ -583,7 +862,9 @@ def test_a_cache_that_fails_under_its_reader(tmp_path: Path, monkeypatch: pytest
         patch.setattr(os, "preadv", lambda *arguments: fails_with(errno.EIO)())
         cache.read(np.array([0]))
     assert caught.value.filename == str(folder / "features_00000.npy")
-    writer = CacheWriter(folder, [Trial(f"t{i}.wav", "", i % 2, "-") for i in range(2)], {"feat": "mel"}, (505, 80))
+    writer = CacheWriter(
+        folder, [Trial(f"t{i}.wav", "", i % 2, "-") for i in range(2)], {"feat": "mel"}, (505, 80)
+    )
     writer.mark_failed([0, 1])
     with pytest.raises(InputError, match="holds no readable row"):
         dataset.open_features(tmp_path, "train", "mel")

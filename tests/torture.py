@@ -7,6 +7,7 @@ Prints a table of figures and writes it to tests/TORTURE.md. Exits with 1 if any
 one of three ways that are right: the result is *equal* to the undisturbed run's, the damage is *detected* and
 named, or the input is *refused* in one line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -60,9 +61,9 @@ from tests.faults import (
 )
 
 TABLE = Path(__file__).with_name("TORTURE.md")
-CLEAN_END = 5.0            # seconds that an interrupted run may take to end
-LOAD_SECONDS = 30.0        # that one file may take, on a busy machine
-LOAD_BYTES = 500e6         # that reading hostile files may add to a process
+CLEAN_END = 5.0  # seconds that an interrupted run may take to end
+LOAD_SECONDS = 30.0  # that one file may take, on a busy machine
+LOAD_BYTES = 500e6  # that reading hostile files may add to a process
 WORDS = ("equal", "detected", "refused")
 
 
@@ -71,7 +72,7 @@ class Case:
     """One thing that was done, and how it ended."""
 
     what: str
-    ending: str                # one of WORDS, or what went wrong
+    ending: str  # one of WORDS, or what went wrong
 
     @property
     def failed(self) -> bool:
@@ -108,8 +109,11 @@ class Stage:
 
     def contents(self, out: Path) -> dict[str, object]:
         """Everything a run leaves, by file. Times are left out, and TensorBoard's files, which hold them."""
-        return {str(path.relative_to(out)): _content(path) for path in sorted(out.rglob("*"))
-                if path.is_file() and path.name != ".lock" and "tensorboard" not in path.parts}
+        return {
+            str(path.relative_to(out)): _content(path)
+            for path in sorted(out.rglob("*"))
+            if path.is_file() and path.name != ".lock" and "tensorboard" not in path.parts
+        }
 
     def ending(self, out: Path, workers: int = 0) -> str:
         """How going on in `out` ends: "equal", or in what it differs."""
@@ -117,7 +121,11 @@ class Stage:
         if outcome.code:
             return f"resuming ended with {outcome.code}: {outcome.err.strip().splitlines()[-1:]}"
         found = self.contents(out)
-        differing = sorted(name for name in found.keys() | self.whole.keys() if found.get(name) != self.whole.get(name))
+        differing = sorted(
+            name
+            for name in found.keys() | self.whole.keys()
+            if found.get(name) != self.whole.get(name)
+        )
         shutil.rmtree(out)
         return f"differs in {', '.join(differing)}" if differing else "equal"
 
@@ -145,15 +153,61 @@ def make_stages(folder: Path) -> dict[str, Stage]:
     make_itw(folder / "ITW")
     (folder / "head").mkdir()
     torch.manual_seed(0)
-    model.save_head(folder / "head" / model.WEIGHTS, model.LCNN("mel"), {"feat": "mel", "train_task": "codecfake"})
+    model.save_head(
+        folder / "head" / model.WEIGHTS,
+        model.LCNN("mel"),
+        {"feat": "mel", "train_task": "codecfake"},
+    )
     mel = ["-t", "codecfake", "--feat", "mel"]
-    features = Stage("preprocess", preprocess, [*mel, "-d", folder / "Codecfake", "--batch_size", 2], "-f", folder)
+    features = Stage(
+        "preprocess",
+        preprocess,
+        [*mel, "-d", folder / "Codecfake", "--batch_size", 2],
+        "-f",
+        folder,
+    )
     shutil.move(folder / "preprocess1", folder / "features")
-    return {"preprocess": features,
-            "train": Stage("train", main_train, [*mel, "-m", "lcnn", "-f", folder / "features", "--batch_size", 3, "--num_epochs", 2,
-                                                 "--continue_training"], "-o", folder),
-            "score": Stage("score", generate_score, ["-t", "codecfake", "--subset", "C1", "C2", "C7", "-d", folder / "Codecfake", "--batch_size", 3,
-                                                     "--model_folder", folder / "head"], "--result_folder", folder)}
+    return {
+        "preprocess": features,
+        "train": Stage(
+            "train",
+            main_train,
+            [
+                *mel,
+                "-m",
+                "lcnn",
+                "-f",
+                folder / "features",
+                "--batch_size",
+                3,
+                "--num_epochs",
+                2,
+                "--continue_training",
+            ],
+            "-o",
+            folder,
+        ),
+        "score": Stage(
+            "score",
+            generate_score,
+            [
+                "-t",
+                "codecfake",
+                "--subset",
+                "C1",
+                "C2",
+                "C7",
+                "-d",
+                folder / "Codecfake",
+                "--batch_size",
+                3,
+                "--model_folder",
+                folder / "head",
+            ],
+            "--result_folder",
+            folder,
+        ),
+    }
 
 
 @dataclass
@@ -174,7 +228,10 @@ class Bench:
 def kill(bench: Bench) -> Iterator[Case]:
     """SIGKILL at actions of the disk and at any time, SIGINT and SIGTERM; then the same command again."""
     for number, stage in itertools.product(range(30), bench.stages.values()):
-        at, out = 1 + (number * stage.actions // 30 + bench.rng.randrange(3)) % stage.actions, stage.new_folder()
+        at, out = (
+            1 + (number * stage.actions // 30 + bench.rng.randrange(3)) % stage.actions,
+            stage.new_folder(),
+        )
         yield Case(f"{stage.name}: killed at action {at}", _killed_at(stage, out, at))
     for _, stage in itertools.product(range(8), bench.stages.values()):
         out, delay = stage.new_folder(), bench.rng.uniform(0.01, 0.8)
@@ -183,8 +240,12 @@ def kill(bench: Bench) -> Iterator[Case]:
         child.signal(signal.SIGKILL)
         child.wait()
         yield Case(f"{stage.name}: killed after {delay:.2f} s", stage.ending(out))
-    for _, number, stage in itertools.product(range(3), (signal.SIGINT, signal.SIGTERM), bench.stages.values()):
-        yield _interrupted(stage, number, bench.rng.uniform(0.02, 0.6), workers=bench.rng.choice((0, 2)))
+    for _, number, stage in itertools.product(
+        range(3), (signal.SIGINT, signal.SIGTERM), bench.stages.values()
+    ):
+        yield _interrupted(
+            stage, number, bench.rng.uniform(0.02, 0.6), workers=bench.rng.choice((0, 2))
+        )
 
 
 def _killed_at(stage: Stage, out: Path, at: int) -> str:
@@ -193,12 +254,20 @@ def _killed_at(stage: Stage, out: Path, at: int) -> str:
     def main() -> None:
         with fuse.installed():
             stage.main(out)
+
     outcome = run_child(main)
-    return stage.ending(out) if outcome.code == -signal.SIGKILL else f"was not killed, but ended with {outcome.code}"
+    return (
+        stage.ending(out)
+        if outcome.code == -signal.SIGKILL
+        else f"was not killed, but ended with {outcome.code}"
+    )
 
 
 def _interrupted(stage: Stage, number: int, delay: float, workers: int) -> Case:
-    what, out = f"{stage.name}: {signal.Signals(number).name} after {delay:.2f} s, {workers} workers", stage.new_folder()
+    what, out = (
+        f"{stage.name}: {signal.Signals(number).name} after {delay:.2f} s, {workers} workers",
+        stage.new_folder(),
+    )
     child = Child(lambda: stage.main(out, workers))
     time.sleep(delay)
     sent = time.monotonic()
@@ -216,19 +285,32 @@ def _interrupted(stage: Stage, number: int, delay: float, workers: int) -> Case:
 def disk(bench: Bench) -> Iterator[Case]:
     """Every action of the disk fails in turn (full, read-only, no permission, broken), files vanish, reads are slow."""
     for number, stage in itertools.product(range(20), bench.stages.values()):
-        at, error = 1 + (number * stage.actions // 20 + bench.rng.randrange(3)) % stage.actions, DISK_ERRORS[number % len(DISK_ERRORS)]
+        at, error = (
+            1 + (number * stage.actions // 20 + bench.rng.randrange(3)) % stage.actions,
+            DISK_ERRORS[number % len(DISK_ERRORS)],
+        )
         out, fuse = stage.new_folder(), Fuse(stage.folder, at, fails_with(error))
 
         def main() -> None:
             with fuse.installed():
                 stage.main(out)
-        yield Case(f"{stage.name}: {os.strerror(error)} from action {at}", _refused_then_equal(stage, out, run_child(main)))
+
+        yield Case(
+            f"{stage.name}: {os.strerror(error)} from action {at}",
+            _refused_then_equal(stage, out, run_child(main)),
+        )
     for workers, (name, gone, moment) in itertools.product((0, 2), _vanishing(bench)):
         stage, out = bench.stages[name], bench.stages[name].new_folder()
-        yield Case(f"{name}: {gone.name} vanishes, {workers} workers", _vanished(stage, out, gone, moment, workers))
+        yield Case(
+            f"{name}: {gone.name} vanishes, {workers} workers",
+            _vanished(stage, out, gone, moment, workers),
+        )
     for stage in bench.stages.values():
         out = stage.new_folder()
-        with mock.patch.object(os, "preadv", _slow(os.preadv)), mock.patch.object(audio, "_load_clip", _slow(audio._load_clip)):
+        with (
+            mock.patch.object(os, "preadv", _slow(os.preadv)),
+            mock.patch.object(audio, "_load_clip", _slow(audio._load_clip)),
+        ):
             yield Case(f"{stage.name}: slow reads", stage.ending(out, workers=2))
 
 
@@ -240,9 +322,14 @@ def _refused_then_equal(stage: Stage, out: Path, outcome: Outcome) -> str:
 
 def _vanishing(bench: Bench) -> list[tuple[str, Path, str]]:
     """(stage, file, function after which the file is gone)."""
-    return [("preprocess", bench.folder / "Codecfake/train/strain_001.wav", "protocols.find_missing"),
-            ("score", bench.folder / "Codecfake/test/C2/F02_s_001.wav", "protocols.find_missing"),
-            *(("train", bench.folder / "features/train/mel" / name, "main_train.settings_of") for name in ("features_00000.npy", "features_00001.npy"))]
+    return [
+        ("preprocess", bench.folder / "Codecfake/train/strain_001.wav", "protocols.find_missing"),
+        ("score", bench.folder / "Codecfake/test/C2/F02_s_001.wav", "protocols.find_missing"),
+        *(
+            ("train", bench.folder / "features/train/mel" / name, "main_train.settings_of")
+            for name in ("features_00000.npy", "features_00001.npy")
+        ),
+    ]
 
 
 def _vanished(stage: Stage, out: Path, gone: Path, moment: str, workers: int) -> str:
@@ -253,17 +340,23 @@ def _vanished(stage: Stage, out: Path, gone: Path, moment: str, workers: int) ->
         result = real(*arguments)
         gone.rename(hidden) if gone.exists() else None
         return result
+
     hidden = gone.with_name("hidden")
     with mock.patch.object(sys.modules[module], name, then_remove):
         outcome = run_child(lambda: stage.main(out, workers))
     hidden.rename(gone)
-    return _refused_then_equal(stage, out, outcome) if gone.name in outcome.err else f"did not name {gone.name}: {outcome.err[-300:]}"
+    return (
+        _refused_then_equal(stage, out, outcome)
+        if gone.name in outcome.err
+        else f"did not name {gone.name}: {outcome.err[-300:]}"
+    )
 
 
 def _slow(function: Callable) -> Callable:
     def slowly(*arguments):
         time.sleep(0.05)
         return function(*arguments)
+
     return slowly
 
 
@@ -271,8 +364,14 @@ def concurrent(bench: Bench) -> Iterator[Case]:
     """A second process on the same output stops; a killed owner's lock does not outlive it, though its helpers do."""
     for _, workers, stage in itertools.product(range(2), (0, 2), bench.stages.values()):
         at = bench.rng.randrange(1, stage.actions // 2)
-        yield Case(f"{stage.name}: a second process at action {at}, {workers} workers", _second(stage, at, workers, kill_owner=False))
-        yield Case(f"{stage.name}: owner killed at action {at}, {workers} workers", _second(stage, at, workers, kill_owner=True))
+        yield Case(
+            f"{stage.name}: a second process at action {at}, {workers} workers",
+            _second(stage, at, workers, kill_owner=False),
+        )
+        yield Case(
+            f"{stage.name}: owner killed at action {at}, {workers} workers",
+            _second(stage, at, workers, kill_owner=True),
+        )
 
 
 def _second(stage: Stage, at: int, workers: int, kill_owner: bool) -> str:
@@ -283,11 +382,13 @@ def _second(stage: Stage, at: int, workers: int, kill_owner: bool) -> str:
         if not marker.exists():
             marker.touch()
             time.sleep(2)
+
     fuse = Fuse(out, at, pause, halves=False)
 
     def owner() -> None:
         with fuse.installed():
             stage.main(out, workers)
+
     first = Child(owner)
     while not marker.exists() and time.monotonic() - first.began < 60:
         time.sleep(0.01)
@@ -304,21 +405,47 @@ def _second(stage: Stage, at: int, workers: int, kill_owner: bool) -> str:
 
 def damaged(bench: Bench) -> Iterator[Case]:
     """Flipped bits, cuts, zeros, swapped rows and files in all that is kept. Caches are repaired to the same bytes."""
-    stage, kept = bench.stages["preprocess"], ("train/mel/cache.json", "train/mel/trials.tsv", "train/mel/index.npy", "train/mel/features_00000.npy",
-                                               "train/mel/features_00001.npy", "dev/mel/features_00000.npy", "dev/mel/index.npy")
+    stage, kept = (
+        bench.stages["preprocess"],
+        (
+            "train/mel/cache.json",
+            "train/mel/trials.tsv",
+            "train/mel/index.npy",
+            "train/mel/features_00000.npy",
+            "train/mel/features_00001.npy",
+            "dev/mel/features_00000.npy",
+            "dev/mel/index.npy",
+        ),
+    )
     for number in range(240):
         out = Path(shutil.copytree(bench.folder / "features", stage.new_folder()))
         path = out / kept[number % len(kept)]
-        others = [other for other in path.parent.glob("features_*.npy") if other != path and path.suffix == ".npy" and path.stem != "index"]
+        others = [
+            other
+            for other in path.parent.glob("features_*.npy")
+            if other != path and path.suffix == ".npy" and path.stem != "index"
+        ]
         what = damage(path, bench.rng, others)
         yield Case(f"cache: {what}", _cache_ending(stage, out))
     train, score = _finished(bench.stages["train"]), _finished(bench.stages["score"])
     for number in range(150):
-        path = train / ("last_state.pt", model.WEIGHTS, f"checkpoint/{model.WEIGHTS.replace('.pt', '_1.pt')}")[number % 3]
+        path = (
+            train
+            / (
+                "last_state.pt",
+                model.WEIGHTS,
+                f"checkpoint/{model.WEIGHTS.replace('.pt', '_1.pt')}",
+            )[number % 3]
+        )
         yield _damaged_file(bench, path, _load_checkpoint, [])
     for number in range(150):
-        path = score / ("C1_result.txt", "C2_result.txt", "C7_result.txt", "provenance.json")[number % 4]
-        others = [score / "C1_result.txt"] if path.name in ("C2_result.txt", "C7_result.txt") else []
+        path = (
+            score
+            / ("C1_result.txt", "C2_result.txt", "C7_result.txt", "provenance.json")[number % 4]
+        )
+        others = (
+            [score / "C1_result.txt"] if path.name in ("C2_result.txt", "C7_result.txt") else []
+        )
         yield _damaged_file(bench, path, lambda path: _evaluated(path.parent), others)
 
 
@@ -331,7 +458,9 @@ def _cache_ending(stage: Stage, out: Path) -> str:
     if verify.code and not verify.refused:
         return f"verifying ended with {verify.code}: {verify.err[-300:]}"
     removed = not all((out / part / "mel/cache.json").exists() for part in ("train", "dev"))
-    options = [] if removed else ["--verify", "--repair"]      # without a cache.json it is as if never made
+    options = (
+        [] if removed else ["--verify", "--repair"]
+    )  # without a cache.json it is as if never made
     repair = run_child(lambda: preprocess.main([*stage.options, "-f", str(out), *options]))
     if repair.code:
         return f"repairing ended with {repair.code}: {repair.err[-300:]}"
@@ -341,7 +470,12 @@ def _cache_ending(stage: Stage, out: Path) -> str:
 
 def _all_rows(root: Path) -> list[bytes]:
     caches = [feature_cache.FeatureCache(root / part / "mel") for part in ("train", "dev")]
-    found = [part.read(np.arange(len(part.labels)))[0].numpy().tobytes() + repr(part.names).encode() + part.labels.tobytes() for part in caches]
+    found = [
+        part.read(np.arange(len(part.labels)))[0].numpy().tobytes()
+        + repr(part.names).encode()
+        + part.labels.tobytes()
+        for part in caches
+    ]
     for each in caches:
         each.layout.close()
     return found
@@ -354,7 +488,9 @@ def _finished(stage: Stage) -> Path:
     return out
 
 
-def _damaged_file(bench: Bench, path: Path, read: Callable[[Path], object], others: list[Path]) -> Case:
+def _damaged_file(
+    bench: Bench, path: Path, read: Callable[[Path], object], others: list[Path]
+) -> Case:
     """Damage a file, read it, put it back."""
     saved = {each: each.read_bytes() for each in (path, *others)}
     expected = read(path)
@@ -362,7 +498,12 @@ def _damaged_file(bench: Bench, path: Path, read: Callable[[Path], object], othe
     try:
         ending = "equal" if read(path) == expected else "damage went unseen"
     except InputError as error:
-        ending = "detected" if path.name in str(error) or any(other.name in str(error) for other in path.parent.iterdir()) else f"not named: {error}"
+        ending = (
+            "detected"
+            if path.name in str(error)
+            or any(other.name in str(error) for other in path.parent.iterdir())
+            else f"not named: {error}"
+        )
     except Exception as error:
         ending = f"{type(error).__name__}: {error}"
     for each, data in saved.items():
@@ -382,11 +523,21 @@ def _load_checkpoint(path: Path) -> object:
 def _evaluated(folder: Path) -> object:
     [found] = find_models([folder], ("C1", "C2", "C7"))
     if set(found.files) != {"C1", "C2", "C7"}:
-        raise InputError(f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent")
+        raise InputError(
+            f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent"
+        )
     results = evaluate(found, 0)
     if changed := [str(result.file) for result in results if "changed" in result.extra]:
         raise InputError(f"{', '.join(changed)}: named below the table as edited or damaged")
-    return [(result.subset, result.trials.names, result.trials.scores.tolist(), result.trials.is_real.tolist()) for result in results]
+    return [
+        (
+            result.subset,
+            result.trials.names,
+            result.trials.scores.tolist(),
+            result.trials.is_real.tolist(),
+        )
+        for result in results
+    ]
 
 
 # ── Audio ────────────────────────────────────────────────────────────────────────────────────────
@@ -401,14 +552,19 @@ def audio(bench: Bench) -> Iterator[Case]:
         folder = bench.folder / f"audio{first}"
         folder.mkdir()
         paths = []
-        for number, (name, make) in enumerate(recipes[first:first + AUDIO_A_CHILD], start=first):
+        for number, (name, make) in enumerate(recipes[first : first + AUDIO_A_CHILD], start=first):
             paths.append(folder / f"{number}_{name}")
             make(paths[-1])
         outcome = run_child(lambda: _load_all(paths), limit=300)
         reports = dict(json.loads(line) for line in outcome.out.splitlines())
         for path in paths:
             ending = reports.get(str(path), f"ended the process with {outcome.code}")
-            yield Case(path.name, ending if outcome.grown < LOAD_BYTES else f"with others took {outcome.grown / 1e6:.0f} MB")
+            yield Case(
+                path.name,
+                ending
+                if outcome.grown < LOAD_BYTES
+                else f"with others took {outcome.grown / 1e6:.0f} MB",
+            )
         shutil.rmtree(folder)
 
 
@@ -417,9 +573,19 @@ def _load_all(paths: Sequence[Path]) -> None:
         began = time.monotonic()
         try:
             clip = dataset.load_clip(path)
-            ending = "equal" if clip.shape == (dataset.CLIP_SAMPLES,) and clip.dtype == torch.float32 and clip.isfinite().all() else "a wrong clip"
+            ending = (
+                "equal"
+                if clip.shape == (dataset.CLIP_SAMPLES,)
+                and clip.dtype == torch.float32
+                and clip.isfinite().all()
+                else "a wrong clip"
+            )
         except InputError as error:
-            ending = "refused" if str(path) in str(error) and "\n" not in str(error) else f"not named: {error}"
+            ending = (
+                "refused"
+                if str(path) in str(error) and "\n" not in str(error)
+                else f"not named: {error}"
+            )
         except Exception as error:
             ending = f"{type(error).__name__}: {error}"
         if time.monotonic() - began > LOAD_SECONDS:
@@ -432,23 +598,69 @@ def _wave(seconds: float = 0.3, rate: int = 16_000, channels: int = 1) -> np.nda
     return np.repeat(0.3 * np.sin(2 * np.pi * 300 * t), channels, axis=1).astype(np.float32)
 
 
-def _header(rate: int = 16_000, channels: int = 1, length: int = 2000, bits: int = 16, kind: int = 1, riff: int | None = None) -> bytes:
+def _header(
+    rate: int = 16_000,
+    channels: int = 1,
+    length: int = 2000,
+    bits: int = 16,
+    kind: int = 1,
+    riff: int | None = None,
+) -> bytes:
     """The head of a WAV file, with whatever it claims."""
     block = channels * bits // 8
-    return (b"RIFF" + struct.pack("<I", (36 + length if riff is None else riff) & 0xFFFFFFFF) + b"WAVEfmt " +
-            struct.pack("<IHHIIHH", 16, kind, channels & 0xFFFF, rate & 0xFFFFFFFF, rate * block & 0xFFFFFFFF, block & 0xFFFF, bits) +
-            b"data" + struct.pack("<I", length & 0xFFFFFFFF))
+    return (
+        b"RIFF"
+        + struct.pack("<I", (36 + length if riff is None else riff) & 0xFFFFFFFF)
+        + b"WAVEfmt "
+        + struct.pack(
+            "<IHHIIHH",
+            16,
+            kind,
+            channels & 0xFFFF,
+            rate & 0xFFFFFFFF,
+            rate * block & 0xFFFFFFFF,
+            block & 0xFFFF,
+            bits,
+        )
+        + b"data"
+        + struct.pack("<I", length & 0xFFFFFFFF)
+    )
 
 
 def _odd_recordings() -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Recordings that are odd on purpose, by the name of what is odd."""
+
     def sound(samples, rate=16_000, **options):
         return lambda path: soundfile.write(path, samples, rate, **options)
 
     def raw(data: bytes):
         return lambda path: path.write_bytes(data)
-    for rate in (1, 2, 7, 100, 999, 4_000, 8_000, 11_025, 22_050, 44_100, 44_101, 48_000, 96_000, 192_000, 384_000, 767_999, 768_000, 768_001, 2**31 - 1):
-        yield f"rate{rate}.wav", raw(_header(rate) + _wave().astype(np.int16).tobytes()[:2000].ljust(2000, b"\1"))
+
+    for rate in (
+        1,
+        2,
+        7,
+        100,
+        999,
+        4_000,
+        8_000,
+        11_025,
+        22_050,
+        44_100,
+        44_101,
+        48_000,
+        96_000,
+        192_000,
+        384_000,
+        767_999,
+        768_000,
+        768_001,
+        2**31 - 1,
+    ):
+        yield (
+            f"rate{rate}.wav",
+            raw(_header(rate) + _wave().astype(np.int16).tobytes()[:2000].ljust(2000, b"\1")),
+        )
     for channels in (2, 3, 8, 255, 1024):
         yield f"channels{channels}.wav", sound(_wave(0.05, channels=channels))
     for channels in (0, 1025, 65_535):
@@ -467,11 +679,21 @@ def _odd_recordings() -> Iterator[tuple[str, Callable[[Path], object]]]:
         yield f"samples{count}.wav", sound(np.full(count, 0.1))
         yield f"samples{count}.flac", sound(np.full(count, 0.1))
     yield "three_hours.wav", _three_hours
-    for name, data in (("text", b"this is not audio\n" * 100), ("empty", b""), ("zeros", bytes(10_000)), ("RIFF only", b"RIFF"), ("one byte", b"R"), ("html", b"<html>404</html>")):
+    for name, data in (
+        ("text", b"this is not audio\n" * 100),
+        ("empty", b""),
+        ("zeros", bytes(10_000)),
+        ("RIFF only", b"RIFF"),
+        ("one byte", b"R"),
+        ("html", b"<html>404</html>"),
+    ):
         for suffix in ("wav", "flac", "ogg", "mp3", "raw", "aiff", "none"):
             yield f"{name}.{suffix}", raw(data)
     for suffix, wrong in itertools.permutations(("wav", "flac", "ogg", "mp3"), 2):
-        yield f"{suffix} in truth.{wrong}", lambda path, suffix=suffix: path.write_bytes(_encoded(suffix))
+        yield (
+            f"{suffix} in truth.{wrong}",
+            lambda path, suffix=suffix: path.write_bytes(_encoded(suffix)),
+        )
     yield "headerless.raw", raw(_wave().tobytes())
     yield "link.wav", lambda path: path.symlink_to(path)
     yield "dangling.wav", lambda path: path.symlink_to("nowhere")
@@ -497,7 +719,9 @@ def _encoded(suffix: str) -> bytes:
         return path.read_bytes()
 
 
-def _mutations(rng: random.Random, count: int = 900) -> Iterator[tuple[str, Callable[[Path], object]]]:
+def _mutations(
+    rng: random.Random, count: int = 900
+) -> Iterator[tuple[str, Callable[[Path], object]]]:
     """Recordings with bits flipped, above all in their heads, cut, spliced or with a byte run changed."""
     for number in range(count):
         suffix = ("wav", "flac", "ogg", "mp3")[number % 4]
@@ -508,13 +732,15 @@ def _mutations(rng: random.Random, count: int = 900) -> Iterator[tuple[str, Call
             if action == 0:
                 data[at] ^= 1 << rng.randrange(8)
             elif action == 1:
-                data[at:at + 4] = struct.pack("<I", rng.choice((0, 1, 2**31 - 1, 2**32 - 1, rng.randrange(2**32))))
+                data[at : at + 4] = struct.pack(
+                    "<I", rng.choice((0, 1, 2**31 - 1, 2**32 - 1, rng.randrange(2**32)))
+                )
             elif action == 2:
-                del data[rng.randrange(at, len(data)):]
+                del data[rng.randrange(at, len(data)) :]
             elif action == 3:
                 data[at:at] = rng.randbytes(rng.randrange(64))
             else:
-                del data[at:at + rng.randrange(64)]
+                del data[at : at + rng.randrange(64)]
             data = data or bytearray(b"\0")
         yield f"mutated.{suffix}", lambda path, data=bytes(data): path.write_bytes(data)
 
@@ -527,18 +753,30 @@ def hostile(bench: Bench) -> Iterator[Case]:
     folder, canary = bench.folder / "hostile", bench.folder / "canary"
     files = hostile_archives(folder)
     for number, (name, (program, _)) in enumerate(HOSTILE_PROGRAMS.items()):
-        files[name] = write_program(folder / f"program{number}.pt", program, **{"data/0": TWO_FLOATS})
+        files[name] = write_program(
+            folder / f"program{number}.pt", program, **{"data/0": TWO_FLOATS}
+        )
     for number, (name, content) in enumerate(hostile_objects(canary).items()):
         files[name] = folder / f"object{number}.pt"
         torch.save(content, files[name])
-    readers = {"checkpoint": model.load_head, "state": main_train.read_state, "feature": _read_feature}
+    readers = {
+        "checkpoint": model.load_head,
+        "state": main_train.read_state,
+        "feature": _read_feature,
+    }
     for (name, path), (place, read) in itertools.product(files.items(), readers.items()):
         if path.is_dir() and place == "checkpoint":
-            continue                           # a folder is a fair way to name a checkpoint
+            continue  # a folder is a fair way to name a checkpoint
         outcome = run_child(lambda: read(path), limit=2 * LOAD_SECONDS)
-        ending = "refused" if outcome.refused and path.name in outcome.err else f"ended with {outcome.code}: {outcome.err[-300:]}"
+        ending = (
+            "refused"
+            if outcome.refused and path.name in outcome.err
+            else f"ended with {outcome.code}: {outcome.err[-300:]}"
+        )
         if canary.exists() or outcome.grown > LOAD_BYTES or outcome.seconds > LOAD_SECONDS:
-            ending = f"canary {canary.exists()}, {outcome.grown / 1e6:.0f} MB, {outcome.seconds:.0f} s"
+            ending = (
+                f"canary {canary.exists()}, {outcome.grown / 1e6:.0f} MB, {outcome.seconds:.0f} s"
+            )
         yield Case(f"{place}: {name}", ending)
 
 
@@ -554,10 +792,54 @@ def _read_feature(path: Path) -> None:
 
 # ── Protocols ────────────────────────────────────────────────────────────────────────────────────
 
-LISTS = {"codecfake": ("train", "label/train.txt", "{} fake {}"), "19LA": ("train", "ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.train.trn.txt", "sp {} - {} spoof"),
-         "ITW": ("all", "meta.csv", "{},{},spoof")}
-NAMES = ("../../etc/passwd", "/etc/passwd", "..", ".", "a/../b", "a\\b", "", " ", "a\0b", "a\x1b[2Jb", "a\x07", "a\u202eb", "a\u2028b", "a\x85b", "a\x7f", "x" * 5_000, "x" * 10_000_000,
-         '"', '"a', '"a\nb"', "a,b,c", "'", "%s%n", "${HOME}", "$(touch canary)", "é", "\u0301", "名", "-rf", "~", "a b", "CON", "\ufeff", "1" * 4_000, "\x1c", "NaN", "<script>")
+LISTS = {
+    "codecfake": ("train", "label/train.txt", "{} fake {}"),
+    "19LA": (
+        "train",
+        "ASVspoof2019_LA_cm_protocols/ASVspoof2019.LA.cm.train.trn.txt",
+        "sp {} - {} spoof",
+    ),
+    "ITW": ("all", "meta.csv", "{},{},spoof"),
+}
+NAMES = (
+    "../../etc/passwd",
+    "/etc/passwd",
+    "..",
+    ".",
+    "a/../b",
+    "a\\b",
+    "",
+    " ",
+    "a\0b",
+    "a\x1b[2Jb",
+    "a\x07",
+    "a\u202eb",
+    "a\u2028b",
+    "a\x85b",
+    "a\x7f",
+    "x" * 5_000,
+    "x" * 10_000_000,
+    '"',
+    '"a',
+    '"a\nb"',
+    "a,b,c",
+    "'",
+    "%s%n",
+    "${HOME}",
+    "$(touch canary)",
+    "é",
+    "\u0301",
+    "名",
+    "-rf",
+    "~",
+    "a b",
+    "CON",
+    "\ufeff",
+    "1" * 4_000,
+    "\x1c",
+    "NaN",
+    "<script>",
+)
 
 
 def protocol(bench: Bench) -> Iterator[Case]:
@@ -565,9 +847,29 @@ def protocol(bench: Bench) -> Iterator[Case]:
     for task, (part, file, row) in LISTS.items():
         for name, place in itertools.product(NAMES, range(2)):
             fields = (name, "x") if place == 0 else ("x.wav", name)
-            yield _read_list(bench, task, part, file, ("good.wav real 0\n" if task == "codecfake" else "").encode() + row.format(*fields).encode() + b"\n")
-        for data in (b"", b"\0" * 1000, b"\xff\xfe" + bytes(100), b"\n" * 100_000, b"\r\r\r", b'"' * 1_000_000, b'"\n' * 100_000, b"," * 4000, b"a b c\n" * 100_000,
-                     b'1.wav,"a\n' * 100_000, b"\x80" * 100, os.urandom(5000)):
+            yield _read_list(
+                bench,
+                task,
+                part,
+                file,
+                ("good.wav real 0\n" if task == "codecfake" else "").encode()
+                + row.format(*fields).encode()
+                + b"\n",
+            )
+        for data in (
+            b"",
+            b"\0" * 1000,
+            b"\xff\xfe" + bytes(100),
+            b"\n" * 100_000,
+            b"\r\r\r",
+            b'"' * 1_000_000,
+            b'"\n' * 100_000,
+            b"," * 4000,
+            b"a b c\n" * 100_000,
+            b'1.wav,"a\n' * 100_000,
+            b"\x80" * 100,
+            os.urandom(5000),
+        ):
             yield _read_list(bench, task, part, file, data)
         for _ in range(100):
             data = bytearray((row.format("a.wav", "A01") + "\n").encode() * 20)
@@ -586,10 +888,19 @@ def _read_list(bench: Bench, task: str, part: str, file: str, data: bytes) -> Ca
         trials = dataset.read_protocol(task, root, part)
     except InputError as error:
         plain = str(error).isprintable() and str(root) in str(error) and len(str(error)) < 1000
-        return Case(what, "refused" if plain and time.monotonic() - began < LOAD_SECONDS else f"said {str(error)[:200]!r}")
+        return Case(
+            what,
+            "refused"
+            if plain and time.monotonic() - began < LOAD_SECONDS
+            else f"said {str(error)[:200]!r}",
+        )
     except Exception as error:
         return Case(what, f"{type(error).__name__}: {str(error)[:200]}")
-    inside = all(Path(os.path.normpath(trial.path)).is_relative_to(root) and (trial.name + trial.source).isprintable() for trial in trials)
+    inside = all(
+        Path(os.path.normpath(trial.path)).is_relative_to(root)
+        and (trial.name + trial.source).isprintable()
+        for trial in trials
+    )
     return Case(what, "equal" if inside else "leads out of the corpus")
 
 
@@ -605,31 +916,72 @@ undisturbed run's, or what was read is whole. *Detected*: the damage is named. *
 
 Python {python}, torch {torch}, {cores} cores, which the groups share.
 """
-GROUPS = {"kill": kill, "damage": damaged, "disk": disk, "concurrent": concurrent, "audio": audio, "hostile": hostile, "protocol": protocol}
+GROUPS = {
+    "kill": kill,
+    "damage": damaged,
+    "disk": disk,
+    "concurrent": concurrent,
+    "audio": audio,
+    "hostile": hostile,
+    "protocol": protocol,
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--only", nargs="+", choices=tuple(GROUPS), default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)} (default: all)")
-    parser.add_argument("--cases", type=int, metavar="N", help="at most N cases a group (default: all)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="groups at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=688, help="of what is damaged and when (default: %(default)s)")
-    parser.add_argument("-o", "--out", type=Path, default=TABLE, metavar="FILE", help="where the table goes (default: tests/TORTURE.md)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=tuple(GROUPS),
+        default=list(GROUPS),
+        metavar="GROUP",
+        help=f"of {', '.join(GROUPS)} (default: all)",
+    )
+    parser.add_argument(
+        "--cases", type=int, metavar="N", help="at most N cases a group (default: all)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="groups at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=688, help="of what is damaged and when (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=TABLE,
+        metavar="FILE",
+        help="where the table goes (default: tests/TORTURE.md)",
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = get_parser().parse_args(argv)
-    torch.set_num_threads(1)               # a pool of threads would not survive the forks
-    sys.argv = sys.argv[:1]                # recorded by the scripts as their command
+    torch.set_num_threads(1)  # a pool of threads would not survive the forks
+    sys.argv = sys.argv[:1]  # recorded by the scripts as their command
     rows, failures = [], []
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        for name, (cases, seconds) in zip(args.only, pool.map(run_group, args.only, itertools.repeat(args.cases), itertools.repeat(args.seed))):
+        for name, (cases, seconds) in zip(
+            args.only,
+            pool.map(
+                run_group, args.only, itertools.repeat(args.cases), itertools.repeat(args.seed)
+            ),
+        ):
             failures += [f"{name}: {case.what}: {case.ending}" for case in cases if case.failed]
             rows.append(_row(name, cases, seconds))
             print(rows[-1], flush=True)
     table = "\n".join([HEADING, *rows])
-    args.out.write_text(PAGE.format(table=table, seed=args.seed, python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count()))
+    args.out.write_text(
+        PAGE.format(
+            table=table,
+            seed=args.seed,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            cores=os.cpu_count(),
+        )
+    )
     print(f"\n{table}\n\n{args.out}")
     for failure in failures:
         print(failure.encode("unicode_escape").decode(), file=sys.stderr)
@@ -640,12 +992,19 @@ def run_group(name: str, most: int | None, seed: int) -> tuple[list[Case], float
     """The cases of one group, in a folder of its own, and the seconds they took."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=f"torture-{name}-") as folder:
-        return list(itertools.islice(GROUPS[name](Bench(Path(folder), random.Random(seed))), most)), time.monotonic() - began
+        return list(
+            itertools.islice(GROUPS[name](Bench(Path(folder), random.Random(seed))), most)
+        ), time.monotonic() - began
 
 
 def _row(name: str, cases: Sequence[Case], seconds: float) -> str:
     counts = Counter(case.ending for case in cases)
-    figures = [len(cases), *(counts[word] for word in WORDS), sum(case.failed for case in cases), round(seconds)]
+    figures = [
+        len(cases),
+        *(counts[word] for word in WORDS),
+        sum(case.failed for case in cases),
+        round(seconds),
+    ]
     return f"| {name}: {GROUPS[name].__doc__} | " + " | ".join(map(str, figures)) + " |"
 
 
