@@ -87,7 +87,7 @@ class _Clips(torch.utils.data.Dataset):
             digests,
         )
 
-    def left_by_the_dead(self) -> list[str]:
+    def files_of_dead_workers(self) -> list[str]:
         """The files that processes which have ended were reading."""
         for _ in range(100):  # a process's connections close a moment before it has ended
             if left := [
@@ -117,7 +117,7 @@ def clip_batches(
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        worker_init_fn=_leave_last_word_to_parent,
+        worker_init_fn=_ignore_signals,
         persistent_workers=False,
     )
     try:
@@ -133,7 +133,7 @@ def clip_batches(
         OSError,
         EOFError,
     ) as error:  # what a dead process leaves: torch's word, or a broken pipe
-        left = clips.left_by_the_dead() if num_workers else []
+        left = clips.files_of_dead_workers() if num_workers else []
         if not left:
             raise
         raise InputError(
@@ -146,7 +146,7 @@ def _unchanged(batch: ClipBatch) -> ClipBatch:
     return batch
 
 
-def _leave_last_word_to_parent(worker: int) -> None:
+def _ignore_signals(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

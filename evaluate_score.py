@@ -112,18 +112,18 @@ def get_parser() -> argparse.ArgumentParser:
         "--by", choices=["source"], help="EER of each codec or attack against all real trials"
     )
 
-    files = parser.add_argument_group("files to write")
-    files.add_argument("--plot", metavar="FILE", help="DET curves (.png, .pdf or .svg)")
-    files.add_argument(
+    output = parser.add_argument_group("files to write")
+    output.add_argument("--plot", metavar="FILE", help="DET curves (.png, .pdf or .svg)")
+    output.add_argument(
         "--plot_kind",
         choices=["det", "histogram", "eer", "reliability"],
         default="det",
         help="what --plot draws (default: det; histogram is of one model)",
     )
-    files.add_argument(
+    output.add_argument(
         "--report", metavar="DIR", help="a self-contained page of tables, plots and provenance"
     )
-    files.add_argument(
+    output.add_argument(
         "--export_asvspoof5",
         metavar="DIR",
         help="scores as ASVspoof 5 takes them (filename<TAB>cm-score)",
@@ -324,7 +324,7 @@ def export_asvspoof5(results: Sequence[Result], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         name = f"{result.model}_{result.subset}.tsv".replace("/", "_")
-        with files.replacing(folder / name) as file:
+        with files.atomic_write(folder / name) as file:
             file.write("filename\tcm-score\n")
             file.writelines(
                 f"{trial}\t{score!r}\n"

@@ -192,7 +192,7 @@ class Scorer:
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
         with devices.memory_advice(self.batch_size):
-            full = devices.filled_up(clips, self.batch_size, self.device)
+            full = devices.pad_batch(clips, self.batch_size, self.device)
             features = {key: front_end(full) for key, front_end in self.front_ends.items()}
             with devices.autocast(self.precision, self.device):
                 found = [
@@ -247,7 +247,7 @@ class Scorer:
         failures: dict[int, str] = {}
         rates: Counter = Counter()
         waiting: dict[bytes, Tensor] = {}
-        finished = ranks.Tally()
+        finished = ranks.SharedCounter()
         with tqdm(total=len(place), unit="clip", desc=label, disable=not ranks.is_first()) as bar:
             for batch in batches:
                 failures |= {row - place.start: reason for row, reason in batch.failures.items()}
@@ -312,7 +312,7 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
         require_same_scores(
             folder, of_head, [f"{subset.name}_result.txt" for subset in subsets], args.overwrite
         )
-    done = ranks.from_first(
+    done = ranks.broadcast(
         lambda: {
             subset.name
             for subset in subsets
@@ -321,9 +321,9 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, torch.nn.Module]) ->
     )
     subsets = [subset for subset in subsets if subset.name not in done]
     if not subsets:
-        cli.say(f"nothing to do: all score files are in {result}; --overwrite scores again")
+        cli.echo(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
-    with ranks.only_one(result):
+    with ranks.exclusive(result):
         score_subsets(args, heads, subsets, folders, scores)
 
 
@@ -335,7 +335,7 @@ def score_subsets(
     scores: Sequence[str],
 ) -> None:
     scorer = Scorer(args, heads)
-    cli.say(
+    cli.echo(
         f"{', '.join(heads)}: {sum(len(subset.trials) for subset in subsets)} clips of {', '.join(subset.name for subset in subsets)}, "
         f"{scorer.device} -> {args.result_folder}"
     )
@@ -350,7 +350,7 @@ def score_subsets(
                 "or go on without them with --skip_missing"
             )
         if note := dataset.describe_rates(rates):
-            cli.say(note)
+            cli.echo(note)
         if ranks.is_first():
             for number, (folder, head, of_head) in enumerate(zip(folders, heads.values(), scores)):
                 write_subset(args, folder, subset, logits[:, number], failures, head, of_head)
@@ -369,7 +369,7 @@ def open_subsets(args: argparse.Namespace) -> list[Subset]:
         score_files.check_names(
             f"{args.path_to_database}, {name}", [trial.name for trial in trials]
         )
-        missing = ranks.from_first(lambda: protocols.find_missing(trials))
+        missing = ranks.broadcast(lambda: protocols.find_missing(trials))
         absent = set(missing)
         present = [trial for trial in trials if trial not in absent]
         if missing:
@@ -392,7 +392,7 @@ def explain_missing(
         and {t.label for t in missing} == {REAL}
         and REAL not in {t.label for t in present}
     ):
-        cli.say(
+        cli.echo(
             f"A3: its {len(missing)} real files are not distributed (copyright); scoring its {len(present)} fakes "
             "alone, so it will have no EER"
         )
@@ -408,7 +408,7 @@ def explain_missing(
             f"{line}; fetch them, {advice}"
             + (", or go on without them with --skip_missing" if present else "")
         )
-    cli.say(f"note: {line}; going on without them")
+    cli.echo(f"note: {line}; going on without them")
 
 
 def scores_of(head: torch.nn.Module, args: argparse.Namespace) -> str:
@@ -430,7 +430,7 @@ def require_same_scores(folder: Path, scores: str, wanted: Sequence[str], overwr
                 f"{folder / file}: holds {held}, asked for are {scores}; give another --result_folder, or --overwrite"
             )
     if left := [file for file in others if file not in wanted]:
-        cli.say(
+        cli.echo(
             f"note: {folder}: {', '.join(left)} there hold {others[left[0]]}, not {scores} as what is written now"
         )
 
@@ -456,7 +456,7 @@ def write_subset(
     if len(kept) == len(subset.trials) and not subset.absent:
         lacking.unlink(missing_ok=True)
     else:
-        with files.replacing(lacking) as file:
+        with files.atomic_write(lacking) as file:
             file.writelines(f"{trial.name} absent\n" for trial in subset.absent)
             file.writelines(
                 f"{subset.trials[row].name} {cli.printable(reason)}\n"
@@ -483,10 +483,10 @@ def write_subset(
     score_files.write_provenance(
         folder, about, scores, path.name, hashlib.sha256(text.encode()).hexdigest()
     )
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         file.write(text)
     count = len(subset.absent) + len(failures)
-    cli.say(
+    cli.echo(
         f"{path}: {len(kept)} scores"
         + (f", {count} trials without one are listed in {lacking.name}" if count else "")
     )
@@ -516,7 +516,7 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, torch.nn.Module]
                 to_scores(logits[kept, number], args.llr),
                 [score_files.UNLABELLED] * len(kept),
             )
-            cli.say(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
+            cli.echo(f"{folder / 'audio_result.txt'}: {len(kept)} scores")
     if failures:
         for reason in failures.values():
             print(cli.printable(f"not scored: {reason}"), file=sys.stderr)
@@ -549,10 +549,10 @@ def print_verdicts(
     name: str, head: torch.nn.Module, paths: Sequence[str], scores: np.ndarray
 ) -> None:
     width = max((len(path) for path in paths), default=0)
-    cli.say(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}.")
+    cli.echo(f"{name}: {head.name} on {head.feat}, {trained_on(head.info)}.")
     for path, score in zip(paths, scores):
         verdict = "real" if score > THRESHOLD else "fake"
-        cli.say(
+        cli.echo(
             f"{path:<{width}}  {soundfile.info(os.fsencode(path)).duration:8.2f} s  {score:.6f}  {verdict}"
         )
 

@@ -187,18 +187,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, dev = open_corpora(args, "train"), open_corpora(args, "dev")
     front_end = dataset.common_front_end([*train.parts, *dev.parts])
     dataset.check_origin(args, front_end, {"train": train, "dev": dev})
-    with ranks.only_one(args.out_fold), ranks.process_group(device):
+    with ranks.exclusive(args.out_fold), ranks.process_group(device):
         run = Run(
             args, head, device, settings_of(args, front_end, train, dev), ssl=train.about.get("ssl")
         )
         run.start()
-        cli.say(
+        cli.echo(
             f"{args.model} on {args.feat}: {len(train.labels)} clips to train, {len(dev.labels)} to choose on, {device} -> {args.out_fold}"
         )
         for epoch in range(run.epoch, args.num_epochs + 1):
             run.train_and_record(epoch, train, dev)
         best = run.best()
-        cli.say(
+        cli.echo(
             f"best epoch {best['epoch']} (dev loss {best['dev_loss']:.4f}): {args.out_fold / model.WEIGHTS}"
         )
 
@@ -399,7 +399,7 @@ class Run:
 
     def start(self) -> None:
         """Take up the run that the folder holds, or begin one in an empty folder."""
-        used = ranks.from_first(
+        used = ranks.broadcast(
             lambda: [name for name in os.listdir(self.folder) if name != ".lock"]
         )
         if used and not self.args.continue_training:
@@ -410,7 +410,7 @@ class Run:
         if "last_state.pt" in used:
             self.load_state()
         elif self.args.continue_training:
-            cli.say(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
+            cli.echo(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
         if ranks.is_first():
             (self.folder / "checkpoint").mkdir(exist_ok=True)
             self.record_settings()
@@ -425,7 +425,7 @@ class Run:
             "processes": ranks.size(),
             "versions": versions(),
         }
-        with files.replacing(self.folder / "settings.json") as file:
+        with files.atomic_write(self.folder / "settings.json") as file:
             json.dump(about, file, indent=1)
 
     def train_and_record(self, epoch: int, train: JoinedFeatures, dev: JoinedFeatures) -> None:
@@ -446,7 +446,7 @@ class Run:
         self.history.append(record)
         self.save_epoch(record)
         eer = "-" if dev_eer is None else f"{dev_eer:.3f} %"
-        cli.say(
+        cli.echo(
             f"epoch {epoch}/{self.args.num_epochs}  loss {record['loss']:.4f}  dev loss {dev_loss:.4f}  dev EER {eer}  "
             f"lr {lr:.3g}  {record['seconds']:.1f} s{'  best so far' if self.best() is record else ''}"
         )
@@ -461,7 +461,7 @@ class Run:
         before = self.progress.seconds
         # A rank without a share of a short last batch reads a row all the same, for its shape.
         shares = [
-            rows[:1] if ranks.rank() >= len(rows) else ranks.share(rows)
+            rows[:1] if ranks.rank() >= len(rows) else ranks.shard(rows)
             for rows in batches[self.progress.step :]
         ]
         own = (ranks.rank(),) if ranks.rank() else ()  # each rank drops out other units
@@ -497,7 +497,7 @@ class Run:
         self, features: Tensor, labels: Tensor, rows: np.ndarray, train: JoinedFeatures
     ) -> None:
         """One update from this rank's share of the batch of these rows."""
-        count = len(ranks.share(rows))
+        count = len(ranks.shard(rows))
         weight = float(torch.tensor(CLASS_WEIGHTS)[torch.from_numpy(train.labels[rows])].sum())
         with devices.memory_advice(self.args.batch_size):
             features, labels = (
@@ -570,7 +570,7 @@ class Run:
                     curves.add_scalar(name, record[name], record["epoch"])
 
     def write_log(self) -> None:
-        with files.replacing(self.folder / "log.jsonl") as file:
+        with files.atomic_write(self.folder / "log.jsonl") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.history)
 
     def save_state(self) -> None:
@@ -686,7 +686,7 @@ def evaluate(
     head.eval()
     rows = np.arange(len(dev.labels))
     batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
-    shares = ranks.share(batches)  # whole batches: these are what one process computes
+    shares = ranks.shard(batches)  # whole batches: these are what one process computes
     logits = np.zeros((len(rows), 2))
     with (
         tqdm(

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     front_end = model.load_frontend(args.feat, args.ssl, args.precision).to(device)
     for part, (trials, absent) in corpus.items():
         folder = args.features / part / args.feat
-        with ranks.only_one(folder):
+        with ranks.exclusive(folder):
             if ranks.is_first():
                 prepare_cache(args, folder, trials, front_end)
             ranks.barrier()
@@ -162,12 +162,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
     """The part's trials and the rows whose files are absent, which --skip_missing has to allow."""
     trials = dataset.read_protocol(args.task, args.path_to_database, part)
-    missing = ranks.from_first(lambda: protocols.find_missing(trials))
+    missing = ranks.broadcast(lambda: protocols.find_missing(trials))
     if missing:
         line = protocols.describe_missing(missing, len(trials))
         if not args.skip_missing or len(missing) == len(trials):
             raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
-        cli.say(f"note: {line}; going on without them")
+        cli.echo(f"note: {line}; going on without them")
     absent = set(missing)
     return trials, {row for row, trial in enumerate(trials) if trial in absent}
 
@@ -178,7 +178,7 @@ def prepare_cache(
     """Make the cache if there is none; with --repair, mend its files and forget its damaged rows."""
     if args.repair:
         for name in feature_cache.mend_files(folder, trials):
-            cli.say(f"{folder / name}: damaged; made anew")
+            cli.echo(f"{folder / name}: damaged; made anew")
     writer = open_cache(args, folder, trials, front_end)
     try:
         if args.repair:
@@ -232,8 +232,8 @@ def extract(
     failures = {row: "absent" for row in absent}
     allowed = int(len(trials) * args.max_failed / 100) + len(absent)
     rates: Counter = Counter()
-    n_finished, n_failed = ranks.Tally(), ranks.Tally()
-    cli.say(
+    n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
+    cli.echo(
         f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done, {device} -> {writer.folder}"
     )
     with (
@@ -245,7 +245,7 @@ def extract(
         writing: Future | None = None
         for batch in dataset.clip_batches(
             [trial.path for trial in trials],
-            [b for b in ranks.share(batches) if b],
+            [b for b in ranks.shard(batches) if b],
             args.num_workers,
         ):
             features = compute(front_end, batch.clips, size, device)
@@ -282,7 +282,7 @@ def compute(
 ) -> Callable[[], np.ndarray]:
     """Start computing the features of clips (B, 64600); what is returned waits for them, (B, frames, dim) float32."""
     with devices.memory_advice(size), torch.inference_mode():
-        features = front_end(devices.filled_up(clips, size, device))[: len(clips)]
+        features = front_end(devices.pad_batch(clips, size, device))[: len(clips)]
         if device.type != "cuda":
             return features.numpy
         landed = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
@@ -313,13 +313,13 @@ def store(
 
 def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> None:
     if note := dataset.describe_rates(rates):
-        cli.say(note)
+        cli.echo(note)
     if failures:
-        cli.say(
+        cli.echo(
             f"note: {len(failures)} files have no features and will not be trained on; {writer.folder / 'failed.txt'} lists them"
         )
     layout = writer.layout
-    cli.say(
+    cli.echo(
         f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {layout.shape[0]} x {layout.shape[1]} {layout.dtype}, "
         f"{layout.rows * layout.row_bytes / 1e9:.2f} GB"
     )
@@ -339,12 +339,12 @@ def verify(folder: Path) -> list[int]:
         damaged = cache.damaged_rows(rows)
     cache.layout.close()
     for row in damaged:
-        cli.say(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
+        cli.echo(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
     counts = {
         what: int((cache.states == state).sum())
         for state, what in ((NOT_YET, "not extracted yet"), (FAILED, "failed"))
     }
-    cli.say(
+    cli.echo(
         f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
         + "".join(f", {count} {what}" for what, count in counts.items() if count)
     )

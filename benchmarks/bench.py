@@ -290,7 +290,7 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
 
     clips = torch.stack([dataset.load_clip(path) for path in s.paths])
     size = 32 if device.type == "cuda" else 8
-    computed = front_end(devices.filled_up(clips[:size], size, device))
+    computed = front_end(devices.pad_batch(clips[:size], size, device))
     features = np.concatenate(
         [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)]
     )
@@ -300,7 +300,7 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
     decode, copy, compute, write = in_turns(
         lambda: [dataset.load_clip(path) for path in s.paths],
         lambda: [
-            (devices.filled_up(part, size, device), computed.cpu()) for part in clips.split(size)
+            (devices.pad_batch(part, size, device), computed.cpu()) for part in clips.split(size)
         ],
         lambda: [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)],
         lambda: (writer.write(range(len(trials)), features), writer.flush()),

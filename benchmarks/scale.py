@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         one_processor=True,
     )
     machines = [here, *(on_gpus(count, here, args) for count in (1, 8))]
-    with files.replacing(args.out) as file:
+    with files.atomic_write(args.out) as file:
         file.write(report(args, machines, given))
     print(f"{args.out}: written")
 

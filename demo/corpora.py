@@ -37,7 +37,7 @@ from demo.fakes import CODECS, RESYNTHESES
 from demo.recordings import SUFFIXES, Cut, find_clips, fingerprint
 from demo.voices import Spoken
 from runtime import cli
-from runtime.files import only_one
+from runtime.files import exclusive
 
 SAMPLE_RATE = 16_000
 RECIPE = 1  # raise it when the same settings give other files
@@ -128,7 +128,7 @@ def build(
     texts |= {"speakers.csv": _speakers(files), "README.txt": _readme(voices, seed)}
 
     partial = out.with_name(out.name + ".part")
-    with only_one(partial):
+    with exclusive(partial):
         try:
             _empty(partial)
             _make_all(partial, files, seed, workers or len(os.sched_getaffinity(0)))

@@ -19,7 +19,7 @@ from eval_metrics import compute_det_curve
 from evaluation import bootstrap
 from evaluation.results import SUBSETS, Result
 from runtime.cli import InputError, printable
-from runtime.files import replacing
+from runtime.files import atomic_write
 
 EXTENSIONS = (".png", ".pdf", ".svg")
 TICKS = (0.0001, 0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
@@ -41,7 +41,7 @@ def save(figure: Figure, path: str | Path) -> None:
     ]
     with (
         matplotlib.rc_context({"svg.hashsalt": "det", "pdf.fonttype": 42}),
-        replacing(path, "wb") as file,
+        atomic_write(path, "wb") as file,
     ):
         figure.savefig(
             file, format=path.suffix[1:].lower(), dpi=200, metadata=metadata, bbox_inches="tight"

@@ -52,7 +52,7 @@ def write_report(
     """
     path = Path(folder) / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         file.write(_page(tables, figures, results, command))
     return path
 

@@ -351,7 +351,7 @@ class CacheWriter:
         if not reasons:
             path.unlink(missing_ok=True)
             return
-        with files.replacing(path) as file:
+        with files.atomic_write(path) as file:
             file.writelines(
                 f"{self.trials[row].name}\t{cli.printable(reason)}\n"
                 for row, reason in sorted(reasons.items())
@@ -411,16 +411,16 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
             f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
             "space or choose another disk with -f"
         )
-    with files.replacing(folder / "trials.tsv", "wb") as file:
+    with files.atomic_write(folder / "trials.tsv", "wb") as file:
         file.write(trials_text)
     for shard in range(layout.n_shards()):
-        with files.replacing(layout.shard_path(shard), "wb") as file:
+        with files.atomic_write(layout.shard_path(shard), "wb") as file:
             file.write(layout.header(shard))
             file.truncate(layout.shard_size(shard))
-    with files.replacing(folder / "index.npy", "wb") as file:
+    with files.atomic_write(folder / "index.npy", "wb") as file:
         file.write(_npy_header((layout.rows, 2), np.uint32))
         file.truncate(file.tell() + layout.rows * 8)
-    with files.replacing(folder / "cache.json") as file:
+    with files.atomic_write(folder / "cache.json") as file:
         json.dump(meta, file, indent=1)
 
 
@@ -450,7 +450,7 @@ def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
     if hashlib.sha256(text).hexdigest() == layout.meta["protocol_sha256"] and (
         not path.exists() or path.read_bytes() != text
     ):
-        with files.replacing(path, "wb") as file:
+        with files.atomic_write(path, "wb") as file:
             file.write(text)
         mended.append(path.name)
     return mended

@@ -103,7 +103,7 @@ def write_scores(
     Raises InputError as format_scores(), before anything is written.
     """
     text = format_scores(path, names, scores, words)
-    with files.replacing(path) as file:
+    with files.atomic_write(path) as file:
         file.write(text)
 
 
@@ -191,7 +191,7 @@ def write_provenance(
         "sha256": checksums,
         "made_of": made_of(folder) | {score_file: scores},
     }
-    with files.replacing(folder / PROVENANCE) as file:
+    with files.atomic_write(folder / PROVENANCE) as file:
         json.dump(about, file, indent=1)
 
 

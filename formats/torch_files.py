@@ -73,7 +73,7 @@ def save(path: str | Path, content: Any) -> None:
     """torch.save, whole or not at all. Written in memory first: torch's own writer hides a full disk's error."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with files.replacing(path, "wb") as file:
+    with files.atomic_write(path, "wb") as file:
         file.write(buffer.getbuffer())
 
 

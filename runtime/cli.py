@@ -109,7 +109,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print a line in which names may stand that others chose."""
     print(printable(line))
 

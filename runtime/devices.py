@@ -64,7 +64,7 @@ def set_precision(precision: str, device: torch.device) -> None:
         backend.allow_tf32 = precision == "tf32"
     if precision == "bf16" and not has_bf16(device):
         what = "GPU" if device.type == "cuda" else "CPU"
-        cli.say(
+        cli.echo(
             f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32"
         )
 
@@ -81,7 +81,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def filled_up(clips: Tensor, size: int, device: torch.device) -> Tensor:
+def pad_batch(clips: Tensor, size: int, device: torch.device) -> Tensor:
     """Clips (B, samples) on the device, followed by silence up to (size, samples).
 
     One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on

@@ -13,7 +13,7 @@ from runtime.cli import InputError
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file beside `path` for writing; rename it to `path` once it is whole and on the disk.
 
     An exception inside the block removes the partial file and leaves an older `path` as it was.
@@ -52,7 +52,7 @@ os.register_at_fork(
 
 
 @contextmanager
-def only_one(folder: str | Path) -> Iterator[None]:
+def exclusive(folder: str | Path) -> Iterator[None]:
     """Hold `folder` for this process. The kernel drops the lock with its owner, however that one ends.
 
     Raises InputError where another process holds it.

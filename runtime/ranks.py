@@ -106,7 +106,7 @@ def is_first() -> bool:
     return _rank == 0
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
+def shard(items: Sequence[T]) -> Sequence[T]:
     """Every N-th of the items, from this rank's on."""
     return items[_rank::_size]
 
@@ -164,12 +164,12 @@ def _pieces(name: str) -> Iterator[bytes]:
         yield _store.get(f"{name} {start}")
 
 
-def from_first(make: Callable[[], T]) -> T:
+def broadcast(make: Callable[[], T]) -> T:
     """What `make` gives on the first rank, where alone it is called."""
     return gather(make() if is_first() else None)[0]
 
 
-class Tally:
+class SharedCounter:
     """A sum over all ranks. Each adds to it when it likes and waits for nobody."""
 
     def __init__(self) -> None:
@@ -182,9 +182,9 @@ class Tally:
 
 
 @contextmanager
-def only_one(folder: str | Path) -> Iterator[None]:
-    """files.only_one() for all ranks together: the first holds the folder from before any of them goes on to after all are done."""
-    with files.only_one(folder) if is_first() else nullcontext():
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """files.exclusive() for all ranks together: the first holds the folder from before any of them goes on to after all are done."""
+    with files.exclusive(folder) if is_first() else nullcontext():
         barrier()
         yield
         barrier()

@@ -102,7 +102,7 @@ def norm(folder: Path) -> None:
         for kind in NORMS:
             layer, x, factor = norm_inputs(kind)
             sync_batchnorms(layer)
-            x, factor = ranks.share(x).requires_grad_(), ranks.share(factor)
+            x, factor = ranks.shard(x).requires_grad_(), ranks.shard(factor)
             out = layer(x)
             (out * factor).sum().backward()
             with main_train.frozen_batchnorm(layer):

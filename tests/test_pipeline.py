@@ -751,7 +751,7 @@ def test_signals_end_cleanly_and_say_how_to_go_on(tmp_path: Path, number: int, c
 def test_a_second_process_on_the_same_output_stops(tmp_path: Path, corpora: Path) -> None:
     command = ["-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU]
     with (
-        files.only_one(tmp_path / "f/train/mel"),
+        files.exclusive(tmp_path / "f/train/mel"),
         pytest.raises(InputError, match="another process is writing there"),
     ):
         run(preprocess, *command)

@@ -723,7 +723,7 @@ def test_a_worker_that_is_still_ending_is_waited_for() -> None:
         time.sleep(0.2)
         os._exit(1)
     clips.reading[0] = torch.tensor([helper, 0])
-    assert clips.left_by_the_dead() == ["the file"]
+    assert clips.files_of_dead_workers() == ["the file"]
     os.waitpid(helper, 0)
 
 
@@ -765,7 +765,7 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
     """A forked child inherits the descriptor, and with flock the lock."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
-        "with files.only_one(sys.argv[2]):\n"
+        "with files.exclusive(sys.argv[2]):\n"
         "    if os.fork() == 0: print('forked', flush=True); time.sleep(30); os._exit(0)\n"
         "    time.sleep(30)"
     )
@@ -776,12 +776,12 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
         owner.stdout.readline()
         with (
             pytest.raises(InputError, match="another process is writing there"),
-            files.only_one(tmp_path),
+            files.exclusive(tmp_path),
         ):
             pass
         os.kill(owner.pid, signal.SIGKILL)
         owner.wait()
-        with files.only_one(tmp_path):
+        with files.exclusive(tmp_path):
             pass
     finally:
         os.killpg(owner.pid, signal.SIGKILL)
@@ -790,7 +790,7 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
 def test_two_processes_on_one_result_folder(corpora: Path, tmp_path: Path) -> None:
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
     with (
-        files.only_one(tmp_path / "r"),
+        files.exclusive(tmp_path / "r"),
         pytest.raises(InputError, match="another process is writing there"),
     ):
         run(
