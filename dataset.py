@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -22,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import frontends
 from formats import audio, torch_files
 from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
 from formats.feature_cache import FeatureCache
 from formats.protocols import FAKE, REAL, Trial, read_protocol
-from frontends import FEATURE_SHAPES, load_frontend
+from frontends import FEATURE_SHAPES
 from runtime import cli
 from runtime.cli import InputError
 
@@ -40,6 +40,13 @@ __all__ = [
     "load_clip",
     "read_protocol",
 ]
+
+TRAIN_TASKS = {  # what -t trains on -> its corpora, in the order of their rows
+    "19LA": ("19LA",),
+    "codecfake": ("codecfake",),
+    "co-train": ("codecfake", "19LA"),
+}
+CO_TRAIN_FOLDERS = {"codecfake": "Codecfake", "19LA": "LA"}  # below -d
 
 
 # ── Clips ────────────────────────────────────────────────────────────────────────────────────────
@@ -56,61 +63,14 @@ class ClipBatch:
     digests: list[bytes]  # of the samples: clips with the same one are the same clip
 
 
-class _Clips(torch.utils.data.Dataset):
-    def __init__(self, paths: Sequence[str], num_workers: int):
-        self.paths = paths
-        # (process, row) that each worker is at, in memory they share: the last word of one that dies.
-        self.reading = torch.full((max(num_workers, 1), 2), -1).share_memory_()
-
-    def __getitems__(self, rows: list[int]) -> ClipBatch:
-        worker = torch.utils.data.get_worker_info()
-        mine = self.reading[worker.id if worker else 0]
-        mine[0] = os.getpid()
-        good, clips, rates, failures, digests = [], [], Counter(), {}, []
-        for row in rows:
-            mine[1] = row
-            try:
-                clip, rate = audio._load_clip(self.paths[row])
-            except InputError as error:
-                failures[row] = str(error)
-                continue
-            good.append(row)
-            clips.append(clip)
-            rates[rate] += 1
-            digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
-        mine[1] = -1
-        return ClipBatch(
-            good,
-            torch.stack(clips) if clips else torch.empty(0, CLIP_SAMPLES),
-            rates,
-            failures,
-            digests,
-        )
-
-    def files_of_dead_workers(self) -> list[str]:
-        """The files that processes which have ended were reading."""
-        for _ in range(100):  # a process's connections close a moment before it has ended
-            if left := [
-                self.paths[row] if row >= 0 else "no file"
-                for process, row in self.reading.tolist()
-                if process > 0 and _has_ended(process)
-            ]:
-                return left
-            time.sleep(0.02)
-        return []
-
-
-def _has_ended(process: int) -> bool:
-    try:
-        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
 def clip_batches(
     paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int
 ) -> Iterator[ClipBatch]:
-    """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one)."""
+    """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one).
+
+    Raises:
+        InputError: a worker died; the message names the file it was reading.
+    """
     clips = _Clips(paths, num_workers)
     loader = torch.utils.data.DataLoader(
         clips,
@@ -123,23 +83,70 @@ def clip_batches(
     try:
         loading = iter(loader)
         if num_workers and threading.current_thread() is threading.main_thread():
-            # torch raises from a handler wherever the program happens to stand; without it, a death is noticed here.
+            # torch's handler raises wherever the program stands; without it, a death is noticed
+            # here.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in loading:
             cli.stop_if_asked()
             yield batch
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-    ) as error:  # what a dead process leaves: torch's word, or a broken pipe
-        left = clips.files_of_dead_workers() if num_workers else []
-        if not left:
+    except (RuntimeError, OSError, EOFError) as error:  # torch's word for a death, or a broken pipe
+        files = clips.files_of_dead_workers() if num_workers else []
+        if not files:
             raise
         raise InputError(
-            f"a decoding process died while it was reading {' or '.join(left)}; take that file out, or lower "
-            "--num_workers if memory ran out"
+            f"a decoding process died while it was reading {' or '.join(files)}; take that file "
+            "out, or lower --num_workers if memory ran out"
         ) from error
+
+
+class _Clips(torch.utils.data.Dataset):
+    """Decodes batches of rows inside the workers of a DataLoader."""
+
+    def __init__(self, paths: Sequence[str], num_workers: int):
+        self.paths = paths
+        # (process id, row) of the file that each worker is reading, in shared memory: what a worker
+        # that dies leaves behind.
+        self.reading = torch.full((max(num_workers, 1), 2), -1).share_memory_()
+
+    def __getitems__(self, rows: list[int]) -> ClipBatch:
+        worker = torch.utils.data.get_worker_info()
+        reading = self.reading[worker.id if worker else 0]
+        reading[0] = os.getpid()
+        batch = ClipBatch([], torch.empty(0, CLIP_SAMPLES), Counter(), {}, [])
+        clips = []
+        for row in rows:
+            reading[1] = row
+            try:
+                clip, rate = audio._load_clip(self.paths[row])
+            except InputError as error:
+                batch.failures[row] = str(error)
+                continue
+            batch.rows.append(row)
+            batch.rates[rate] += 1
+            batch.digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
+            clips.append(clip)
+        reading[1] = -1
+        if not clips:
+            return batch
+        return ClipBatch(batch.rows, torch.stack(clips), batch.rates, batch.failures, batch.digests)
+
+    def files_of_dead_workers(self) -> list[str]:
+        """What workers that have ended were reading."""
+        for _ in range(100):  # a process's connections close a moment before it has ended
+            dead = [
+                row for process, row in self.reading.tolist() if process > 0 and _has_ended(process)
+            ]
+            if dead:
+                return [self.paths[row] if row >= 0 else "no file" for row in dead]
+            time.sleep(0.02)
+        return []
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
 
 
 def _unchanged(batch: ClipBatch) -> ClipBatch:
@@ -150,7 +157,8 @@ def _ignore_signals(worker: int) -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = _say_nothing  # the thread that hands tensors over reports a parent which ends while it takes one
+    # The thread that hands tensors over would report a parent which ends while it takes one.
+    sys.excepthook = _say_nothing
 
 
 def _say_nothing(
@@ -171,38 +179,49 @@ def describe_rates(rates: Counter) -> str | None:
 
 
 class Features(Protocol):
-    """What training reads from: one corpus part, or several as one."""
+    """What training reads from: a cache, a folder of the reference's files, or several as one."""
 
     folder: str
-    names: Sequence[str]
+    names: Sequence[str]  # N
     labels: np.ndarray  # (N,) int64, REAL or FAKE
     shape: tuple[int, int]  # (frames, dim)
+    dtype: str  # as stored, one of formats.feature_cache.DTYPES
     front_end: dict[str, Any]  # what made it; the reference's files record only the feat
     about: dict[str, Any]  # recorded beside it, not compared: where the weights came from, versions
-    dtype: str  # one of DTYPES
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features (B, frames, dim) float16 or float32, labels (B,). Raises InputError naming a damaged row."""
+        """Features (B, frames, dim) float16 or float32, labels (B,).
+
+        Raises InputError naming a damaged row.
+        """
+
+
+class StoredFeatures(Features, Protocol):
+    """The features of one part of one corpus."""
+
+    def require_complete(self) -> None:
+        """Raise InputError where rows are still to be extracted."""
+
+    def check_protocol(self, trials: Sequence[Trial]) -> None:
+        """Raise InputError where the features are those of other trials."""
 
 
 class ReferenceFeatures:
     """A folder of the reference's own files, one pickled tensor a clip.
 
-    `%06d_<name>_<real|fake>.pt` for Codecfake, `%05d_<utterance>_<attack>_<bonafide|spoof>.pt` for 19LA: names
-    hold underscores of their own, so the label is what follows the last one.
+    `%06d_<name>_<real|fake>.pt` for Codecfake, `%05d_<utterance>_<attack>_<bonafide|spoof>.pt` for
+    19LA: names hold underscores of their own, so the label is what follows the last one.
     """
 
+    dtype = "float32"
     _NAME = re.compile(r"\d+_(.+)_(real|fake|bonafide|spoof)\.pt")
     _LARGEST = 2**22  # bytes; the reference's own take 824,774
 
     def __init__(self, folder: str | Path, feat: str):
-        self.folder, self.front_end, self.about, self.shape, self.dtype = (
-            str(folder),
-            {"feat": feat},
-            {},
-            FEATURE_SHAPES[feat],
-            "float32",
-        )
+        self.folder = str(folder)
+        self.front_end = {"feat": feat}
+        self.about: dict[str, Any] = {}
+        self.shape = FEATURE_SHAPES[feat]
         self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         matches = [self._NAME.fullmatch(name) for name in self.files]
         if None in matches:
@@ -211,10 +230,8 @@ class ReferenceFeatures:
                 "<number>_<name>_<label>.pt with a label of real, fake, bonafide or spoof"
             )
         self.names = [match[1] for match in matches]
-        self.labels = np.array(
-            [REAL if match[2] in ("real", "bonafide") else FAKE for match in matches],
-            dtype=np.int64,
-        )
+        labels = [REAL if match[2] in ("real", "bonafide") else FAKE for match in matches]
+        self.labels = np.array(labels, dtype=np.int64)
 
     def require_complete(self) -> None:
         """The reference's folders do not say how many files belong to them."""
@@ -222,118 +239,189 @@ class ReferenceFeatures:
     def check_protocol(self, trials: Sequence[Trial]) -> None:
         """Raise InputError where a file is of no trial or has another label."""
         labels = {trial.name: trial.label for trial in trials}
-        for file, name, label in zip(self.files, self.names, self.labels):
-            utterance = (
-                name if name in labels else name.rpartition("_")[0]
-            )  # 19LA's carry the attack behind the name
+        for file, name, label in zip(self.files, self.names, self.labels, strict=True):
+            # 19LA's names carry the attack behind the utterance.
+            utterance = name if name in labels else name.rpartition("_")[0]
             if labels.get(utterance) != label:
                 raise InputError(
-                    f"{self.folder}/{file}: the protocol given with -d has no such trial with that label"
+                    f"{self.folder}/{file}: the protocol given with -d has no such trial with that "
+                    "label"
                 )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.stack(
-            [self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]
-        ), torch.from_numpy(self.labels[rows])
+        features = [self._read_file(f"{self.folder}/{self.files[row]}") for row in rows]
+        return torch.stack(features), torch.from_numpy(self.labels[rows])
 
     def _read_file(self, path: str) -> Tensor:
-        if os.path.getsize(path) > self._LARGEST:
-            raise InputError(
-                f"{path}: expected one clip's feature, got a file of {os.path.getsize(path)} bytes"
-            )
+        size = os.path.getsize(path)
+        if size > self._LARGEST:
+            raise InputError(f"{path}: expected one clip's feature, got a file of {size} bytes")
         tensor = torch_files.load(path)
+        feat = self.front_end["feat"]
         frames, dim = self.shape
-        # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201, 1024).
-        expected = (1, dim, frames) if self.front_end["feat"] == "mel" else (1, frames, dim)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != expected:
-            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise InputError(
-                f"{path}: expected a tensor {expected} of --feat {self.front_end['feat']}, got {got}"
-            )
+        # The reference stored mel frequency first, (1, 80, 505), and XLS-R frames first, (1, 201,
+        # 1024).
+        expected = (1, dim, frames) if feat == "mel" else (1, frames, dim)
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        if shape != expected:
+            raise InputError(f"{path}: expected a tensor {expected} of --feat {feat}, got {shape}")
         feature = tensor[0].detach().float()
-        feature = feature.T if self.front_end["feat"] == "mel" else feature
         if not torch.isfinite(feature).all():
             raise InputError(
                 f"{path}: holds values that are not finite; make the file again or take it out"
             )
-        return feature.contiguous()
+        return (feature.T if feat == "mel" else feature).contiguous()
 
 
 class JoinedFeatures:
     """Several parts as one; rows of the second are numbered on from the first's."""
 
-    def __init__(self, parts: Sequence[FeatureCache | ReferenceFeatures]):
+    def __init__(self, parts: Sequence[StoredFeatures]):
         self.parts = list(parts)
         self.sizes = [len(part.labels) for part in parts]
-        self.shape, self.front_end, self.about = parts[0].shape, parts[0].front_end, parts[0].about
         self.folder = " + ".join(part.folder for part in parts)
         self.labels = np.concatenate([part.labels for part in parts])
+        self.shape = parts[0].shape
+        self.dtype = parts[0].dtype
+        self.front_end = parts[0].front_end
+        self.about = parts[0].about
         self._starts = np.cumsum([0, *self.sizes])
 
+    @property
+    def names(self) -> Sequence[str]:
+        return [name for part in self.parts for name in part.names]
+
     def name(self, row: int) -> str:
-        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        part = self._part_of(row)
         return self.parts[part].names[row - self._starts[part]]
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        which = np.searchsorted(self._starts, rows, side="right") - 1
-        if (which == which[0]).all():
-            return self.parts[which[0]].read(rows - self._starts[which[0]])
+        part_of = self._part_of(rows)
+        if (part_of == part_of[0]).all():
+            return self.parts[part_of[0]].read(rows - self._starts[part_of[0]])
         features = torch.empty(len(rows), *self.shape)
         for number, part in enumerate(self.parts):
-            mine = np.flatnonzero(which == number)
-            if len(mine):
-                features[mine] = part.read(rows[mine] - self._starts[number])[0].float()
+            positions = np.flatnonzero(part_of == number)
+            if len(positions):
+                values, _ = part.read(rows[positions] - self._starts[number])
+                features[positions] = values.float()
         return features, torch.from_numpy(self.labels[rows])
 
+    def _part_of(self, rows: np.ndarray | int) -> np.ndarray | int:
+        return np.searchsorted(self._starts, rows, side="right") - 1
 
-def open_features(root: str | Path, part: str, feat: str) -> FeatureCache | ReferenceFeatures:
+
+def open_features(root: str | Path, part: str, feat: str) -> StoredFeatures:
     """The complete features of one part, ours or the reference's.
+
+    Args:
+        root: the folder with train/ and dev/.
+        part: "train" or "dev".
 
     Raises:
         InputError: none there, not finished, or made with another front end.
     """
     folder = Path(root) / part / feat
     if not folder.is_dir():
-        others = sorted(path.name for path in folder.parent.glob("*") if path.is_dir())
-        found = (
-            f"found {', '.join(others)} there"
-            if others
-            else f"found no features under {folder.parent}"
-        )
         raise InputError(
-            f"{folder}: expected the features of --feat {feat}, {found}; make them with preprocess.py, or "
-            "point -f (Codecfake) or -f1 (19LA) at the folder that holds train/ and dev/"
+            f"{folder}: expected the features of --feat {feat}, {_describe_others(folder.parent)}; "
+            "make them with preprocess.py, or point -f (Codecfake) or -f1 (19LA) at the folder "
+            "that holds train/ and dev/"
         )
-    if (folder / "cache.json").exists():
-        features = FeatureCache(folder)
-    elif any(name.endswith(".pt") for name in os.listdir(folder)):
-        features = ReferenceFeatures(folder, feat)
-    else:
-        raise InputError(
-            f"{folder}: neither a feature cache nor the reference's .pt files; make it with preprocess.py"
-        )
+    features = _open_store(folder, feat)
     features.require_complete()
-    if features.front_end["feat"] != feat or features.shape[0] != FEATURE_SHAPES[feat][0]:
+    same_front_end = features.front_end["feat"] == feat
+    if not same_front_end or features.shape[0] != FEATURE_SHAPES[feat][0]:
         raise InputError(
-            f"{folder}: expected features of --feat {feat}, it was made with --feat {features.front_end['feat']}"
+            f"{folder}: expected features of --feat {feat}, it was made with --feat "
+            f"{features.front_end['feat']}"
         )
     if not len(features.labels):
         raise InputError(f"{folder}: holds no readable row")
     return features
 
 
+def _open_store(folder: Path, feat: str) -> StoredFeatures:
+    if (folder / "cache.json").exists():
+        return FeatureCache(folder)
+    if any(name.endswith(".pt") for name in os.listdir(folder)):
+        return ReferenceFeatures(folder, feat)
+    raise InputError(
+        f"{folder}: neither a feature cache nor the reference's .pt files; make it with "
+        "preprocess.py"
+    )
+
+
+def _describe_others(parent: Path) -> str:
+    others = sorted(path.name for path in parent.glob("*") if path.is_dir())
+    if others:
+        return f"found {', '.join(others)} there"
+    return f"found no features under {parent}"
+
+
+def common_front_end(parts: Sequence[Features]) -> dict[str, Any]:
+    """What made all the features.
+
+    The reference's files, which record less, agree with everything that they do not contradict.
+
+    Raises:
+        InputError: two parts were made with different front ends.
+    """
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.front_end.items():
+            if merged.setdefault(key, value) != value:
+                raise InputError(
+                    f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with "
+                    f"{merged[key]!r}; train on features of one front end"
+                )
+    return merged
+
+
+def check_size(features: Features, feat: str) -> None:
+    """Raise InputError where the features have another size than the heads take."""
+    if features.shape != FEATURE_SHAPES[feat]:
+        raise InputError(
+            f"{features.folder}: expected features {FEATURE_SHAPES[feat]} of --feat {feat}, got "
+            f"{features.shape}; they were made with wav2vec 2.0 weights of another size"
+        )
+
+
+def check_ssl(folder: str, front_end: dict[str, Any], feat: str, ssl: str) -> None:
+    """Raise InputError where the features were not made with these wav2vec 2.0 weights."""
+    if feat == "mel":
+        return
+    for key, value in frontends.load_frontend(feat, ssl).fingerprint().items():
+        if front_end.get(key, value) != value:
+            raise InputError(
+                f"{folder}: made with {key} {front_end[key]!r}, --ssl {ssl} gives {value!r}"
+            )
+
+
+def check_protocols(features: JoinedFeatures, train_task: str, root: Path, part: str) -> None:
+    """Raise InputError where the features are not those of the corpora under `root`."""
+    tasks = TRAIN_TASKS[train_task]
+    for task, store in zip(tasks, features.parts, strict=True):
+        folder = root / CO_TRAIN_FOLDERS[task] if len(tasks) > 1 else root
+        store.check_protocol(read_protocol(task, folder, part))
+
+
 def read_ahead(
     features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features and labels of each batch in order, read by `threads` threads while the caller computes.
+    """Features and labels of each batch in order, read by threads while the caller computes.
 
-    Threads, not processes: reading and checking release the interpreter, and nothing has to be copied
-    between processes. 0 reads in the caller's own thread. Pinned features reach a GPU while it computes.
+    Threads, not processes: reading and checking release the interpreter, and nothing has to be
+    copied between processes.
+
+    Args:
+        threads: 0 reads in the caller's own thread.
+        pin: hand features on in pinned memory, from which a GPU copies while it computes.
     """
 
     def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        found, labels = features.read(rows)
-        return found.pin_memory() if pin else found, labels
+        values, labels = features.read(rows)
+        return (values.pin_memory() if pin else values), labels
 
     if threads == 0:
         for rows in batches:
@@ -353,51 +441,6 @@ def read_ahead(
         finally:
             for task in waiting:
                 task.cancel()
-
-
-def common_front_end(parts: Sequence[Any]) -> dict[str, Any]:
-    """What made all the features; the reference's files, which record less, agree with what they do not contradict."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.front_end.items():
-            if merged.setdefault(key, value) != value:
-                raise InputError(
-                    f"{part.folder}: made with {key} {value!r}, {parts[0].folder} with {merged[key]!r}; "
-                    "train on features of one front end"
-                )
-    return merged
-
-
-def check_origin(
-    args: argparse.Namespace, front_end: dict[str, Any], sets: dict[str, JoinedFeatures]
-) -> None:
-    """Hold the features against --ssl and -d where they are given."""
-    shape = FEATURE_SHAPES[args.feat]
-    for features in sets.values():
-        if features.shape != shape:
-            raise InputError(
-                f"{features.folder}: expected features {shape} for -m {args.model}, got {features.shape}; "
-                "they were made with wav2vec 2.0 weights of another size"
-            )
-    if args.ssl and args.feat != "mel":
-        for key, value in load_frontend(args.feat, args.ssl).fingerprint().items():
-            if front_end.get(key, value) != value:
-                raise InputError(
-                    f"{sets['train'].folder}: made with {key} {front_end[key]!r}, --ssl {args.ssl} gives {value!r}"
-                )
-    if args.path_to_database:
-        for part, features in sets.items():
-            for task, own in zip(
-                ("codecfake", "19LA") if args.train_task == "co-train" else (args.train_task,),
-                features.parts,
-            ):
-                folder = (
-                    {"codecfake": "Codecfake", "19LA": "LA"}[task]
-                    if args.train_task == "co-train"
-                    else "."
-                )
-                trials = read_protocol(task, args.path_to_database / folder, part)
-                own.check_protocol(trials)
 
 
 # ── The order of training ────────────────────────────────────────────────────────────────────────
@@ -425,10 +468,10 @@ def shuffled_batches(
 def proportional_batches(
     sizes: Sequence[int], batch_size: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
-    """CSAM's batches (Xie et al., section IV): both corpora in every batch, in the proportion of their sizes.
+    """CSAM's batches (Xie et al., section IV): both corpora in each, in proportion to their sizes.
 
-    One epoch is one pass over the larger corpus. Each corpus is shuffled anew when it is exhausted and
-    not before, so the smaller one's passes run across batches and epochs.
+    One epoch is one pass over the larger corpus. Each corpus is shuffled anew when it is exhausted
+    and not before, so the smaller one's passes run across batches and epochs.
 
     Args:
         sizes: rows of the two corpora; the rows of the second are numbered on from the first's.
@@ -443,29 +486,29 @@ def proportional_batches(
         )
     large, small = (0, 1) if sizes[0] >= sizes[1] else (1, 0)
     offset = (0, sizes[0])
-    of_large = min(max(round(batch_size * sizes[large] / sum(sizes)), 1), batch_size - 1)
-    n_batches = -(-sizes[large] // of_large)
-    left_over = sizes[large] - (n_batches - 1) * of_large  # of the larger corpus, in the last batch
-    of_small = [batch_size - of_large] * (n_batches - 1)
-    of_small.append(
-        min(max(round(left_over * sizes[small] / sizes[large]), 1), batch_size - of_large)
-    )
+    n_large = _clamp(round(batch_size * sizes[large] / sum(sizes)), 1, batch_size - 1)
+    n_batches = -(-sizes[large] // n_large)
+    left_over = sizes[large] - (n_batches - 1) * n_large  # of the larger corpus, in the last batch
+    n_small = [batch_size - n_large] * (n_batches - 1)
+    n_small.append(_clamp(round(left_over * sizes[small] / sizes[large]), 1, batch_size - n_large))
 
     order = _permutation(sizes[large], seed, large, epoch) + offset[large]
-    larger = np.split(order, range(of_large, len(order), of_large))
-    drawn = (epoch - 1) * sum(of_small)  # of the smaller corpus, in earlier epochs
-    stream = _endless_passes(sizes[small], seed, small, drawn, sum(of_small)) + offset[small]
-    smaller = np.split(stream, np.cumsum(of_small)[:-1])
-    return [np.concatenate(pair) for pair in zip(larger, smaller)]
+    larger = np.split(order, range(n_large, len(order), n_large))
+    drawn = (epoch - 1) * sum(n_small)  # of the smaller corpus, in earlier epochs
+    stream = _endless_passes(sizes[small], seed, small, drawn, sum(n_small)) + offset[small]
+    smaller = np.split(stream, np.cumsum(n_small)[:-1])
+    return [np.concatenate(pair) for pair in zip(larger, smaller, strict=True)]
+
+
+def _clamp(number: int, lowest: int, highest: int) -> int:
+    return min(max(number, lowest), highest)
 
 
 def _endless_passes(size: int, seed: int, corpus: int, start: int, count: int) -> np.ndarray:
-    """Positions start .. start + count of a corpus read pass after pass, each pass shuffled anew."""
+    """Positions start .. start + count of a corpus read pass after pass, each shuffled anew."""
     first, last = start // size, (start + count - 1) // size
-    passes = np.concatenate(
-        [_permutation(size, seed, corpus, number + 1) for number in range(first, last + 1)]
-    )
-    return passes[start - first * size :][:count]
+    passes = [_permutation(size, seed, corpus, number + 1) for number in range(first, last + 1)]
+    return np.concatenate(passes)[start - first * size :][:count]
 
 
 def _permutation(size: int, seed: int, corpus: int, number: int) -> np.ndarray:

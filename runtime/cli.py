@@ -11,29 +11,56 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 USER_ERROR = 2  # exit code of a mistake that the user can mend
 SIGNAL_EXIT = 128  # the shell's convention: 128 + the signal's number
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# Default folders, below the one where the command runs.
+CORPUS_FOLDERS = {
+    "codecfake": Path("data/Codecfake"),
+    "19LA": Path("data/LA"),
+    "ITW": Path("data/ITW"),
+}
+FEATURE_FOLDERS = {"codecfake": Path("features/Codecfake"), "19LA": Path("features/LA")}
+MODEL_FOLDER = Path("models/try")
+RESULT_FOLDER = Path("result")
 
 
 class InputError(ValueError):
-    """Bad input. The message is one line: which file (and row), what was expected, what came, what to do."""
+    """Bad input.
+
+    The message is one line: which file (and row), what was expected, what came, what to do.
+    """
 
 
 class Stopped(BaseException):
     """SIGINT or SIGTERM, raised where the program stands so that `finally` blocks run."""
 
 
-_answering = os.getpid()  # the process that a signal ends; its helpers end with it
-_stopped_by: int | None = None  # the signal, once one has come
-_has_last_word: Callable[[], bool] = lambda: True
+# ── How a process ends ───────────────────────────────────────────────────────────────────────────
+
+_main_process = os.getpid()  # the one that answers signals; its workers end with it
+_signal: int | None = None  # SIGINT or SIGTERM, once one has come
 
 
-def one_last_word(claim: Callable[[], bool]) -> None:
-    """Of several processes on one job, only the one whose `claim()` gives True says what ended it: one failure ends them all."""
-    global _has_last_word
-    _has_last_word = claim
+def _always() -> bool:
+    return True
+
+
+_may_report: Callable[[], bool] = _always
+
+
+def report_only_if(is_first: Callable[[], bool]) -> None:
+    """Of several processes on one job, let one say what ended them all.
+
+    Args:
+        is_first: called once, when this process ends with an error; True in one process only.
+    """
+    global _may_report
+    _may_report = is_first
 
 
 def run(main: Callable[[], None], if_stopped: str) -> None:
@@ -42,10 +69,10 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
     A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print `if_stopped` (how to
     go on) and exit with 130 and 143. Anything else is a defect of ours and keeps its traceback.
     """
-    global _answering
-    _answering = os.getpid()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    global _main_process
+    _main_process = os.getpid()
+    for number in END_SIGNALS:
+        signal.signal(number, _raise_stopped)
     sys.unraisablehook = _report_unraisable
     try:
         main()
@@ -54,58 +81,68 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         _end(USER_ERROR, f"error: {error}")
     except BrokenPipeError:  # `| head` closed the pipe: not an error, and nobody left to tell
         sys.stdout = None
-        _has_last_word()
+        _may_report()
         sys.exit(SIGNAL_EXIT + signal.SIGPIPE)
     except OSError as error:
         _end(USER_ERROR, f"error: {describe(error)}")
     except Stopped:
-        word = "interrupted" if _stopped_by == signal.SIGINT else "terminated"
-        _end(SIGNAL_EXIT + _stopped_by, f"{word}: {if_stopped}")
+        word = "interrupted" if _signal == signal.SIGINT else "terminated"
+        _end(SIGNAL_EXIT + _signal, f"{word}: {if_stopped}")
     except Exception:
-        if _has_last_word():
+        if _may_report():
             raise
-        sys.exit(1)  # the end of another process broke the connection to it
+        sys.exit(1)  # another process ended, which broke the connection to it
 
 
-def _stop(number: int, frame: object) -> None:
-    global _stopped_by
-    if os.getpid() != _answering:  # a helper that was forked a moment ago
+def stop_if_asked() -> None:
+    """Raise Stopped if a signal has come.
+
+    Loops call this: an exception raised in a handler is lost when the interpreter happens to be in
+    a callback that ignores exceptions, as while it forks a process.
+    """
+    if _signal is not None:
+        raise Stopped
+
+
+def _raise_stopped(number: int, frame: object) -> None:
+    global _signal
+    if os.getpid() != _main_process:  # a worker that was forked a moment ago
         return
-    _stopped_by = number
-    for repeated in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # an impatient second Ctrl-C must not break off the clean end
+    _signal = number
+    for repeated in END_SIGNALS:  # an impatient second Ctrl-C must not break off the clean end
         signal.signal(repeated, signal.SIG_IGN)
     raise Stopped
 
 
-def _report_unraisable(lost: sys.UnraisableHookArgs) -> None:
-    if _stopped_by is None:  # else it is Stopped itself, or an object it left half-made
-        sys.__unraisablehook__(lost)
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    if _signal is None:  # else it is Stopped itself, or an object that it left half-made
+        sys.__unraisablehook__(unraisable)
 
 
-def stop_if_asked() -> None:
-    """Raise Stopped if a signal has come. Loops call this: an exception raised in a handler is lost when the
-    interpreter happens to be in a callback that ignores them, as while it forks a process."""
-    if _stopped_by is not None:
-        raise Stopped
+def _end(code: int, message: str) -> NoReturn:
+    if _may_report():
+        print(printable(message), file=sys.stderr)
+    sys.exit(code)
+
+
+# ── What is printed ──────────────────────────────────────────────────────────────────────────────
+
+ADVICE = {
+    errno.ENOSPC: "; free some space and run the same command again: finished work is kept",
+    errno.EDQUOT: "; raise the quota and run the same command again: finished work is kept",
+    errno.EROFS: "; choose a folder that can be written",
+    errno.EACCES: "; check its permissions",
+}
 
 
 def describe(error: OSError) -> str:
-    """One line for an error of the operating system: the file, the reason, what to do where that is known."""
+    """One line for an error of the operating system: the file, the reason, what to do if known."""
     where = f"{error.filename}: " if error.filename else ""
-    advice = {
-        errno.ENOSPC: "; free some space and run the same command again: finished work is kept",
-        errno.EDQUOT: "; raise the quota and run the same command again: finished work is kept",
-        errno.EROFS: "; choose a folder that can be written",
-        errno.EACCES: "; check its permissions",
-    }.get(error.errno, "")
-    return f"{where}{error.strerror or error}{advice}"
+    return f"{where}{error.strerror or error}{ADVICE.get(error.errno, '')}"
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelled out: names from protocols must not drive a terminal."""
+    """The text with control characters spelled out: no name may drive the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -114,40 +151,67 @@ def echo(line: str) -> None:
     print(printable(line))
 
 
+# ── Options ──────────────────────────────────────────────────────────────────────────────────────
+
+
 class Parser(argparse.ArgumentParser):
     """Of several processes given the same wrong options, one says so."""
 
     def error(self, message: str) -> NoReturn:
-        if _has_last_word():
+        if _may_report():
             super().error(message)
         sys.exit(USER_ERROR)
 
 
+def add_feature_folders(parser: argparse.ArgumentParser, what: str) -> None:
+    """-f and -f1, which three scripts know."""
+    for option, long_option, task, corpus in (
+        ("-f", "--path_to_features", "codecfake", "Codecfake"),
+        ("-f1", "--path_to_features1", "19LA", "19LA"),
+    ):
+        parser.add_argument(
+            option,
+            long_option,
+            type=Path,
+            metavar="DIR",
+            help=f"where {corpus}'s {what} (default: {FEATURE_FOLDERS[task]})",
+        )
+
+
+def feature_folder(args: argparse.Namespace, task: str) -> Path:
+    """The features of a task: as -f or -f1 say, or the default folder."""
+    given = {"codecfake": args.path_to_features, "19LA": args.path_to_features1}
+    return given[task] or FEATURE_FOLDERS[task]
+
+
 def add_compute_options(
     parser: argparse.ArgumentParser, batch_help: str, batch_size: int | None = None
-) -> None:
+) -> argparse._ArgumentGroup:
     """The options that every script which runs a network shares."""
-    parser.add_argument(
+    group = parser.add_argument_group("compute")
+    group.add_argument(
         "--gpu",
         type=int,
         metavar="N",
         help="index of the GPU, -1 for the CPU (default: the first GPU if there is one)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--batch_size", type=at_least(1), default=batch_size, metavar="N", help=batch_help
     )
-    parser.add_argument(
+    group.add_argument(
         "--num_workers",
         type=at_least(0),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="helpers that read ahead; 0: read in the main process (default: %(default)s)",
+        help="workers that read ahead; 0: read in the main process (default: %(default)s)",
     )
+    return group
 
 
 def percent(text: str) -> float:
     """An argparse type: a number from 0 to 100."""
-    if not 0 <= (value := float(text)) <= 100:
+    value = float(text)
+    if not 0 <= value <= 100:
         raise argparse.ArgumentTypeError(f"expected 0 to 100, got {text}")
     return value
 
@@ -157,16 +221,15 @@ def at_least(least: int) -> Callable[[str], int]:
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(
-                f"expected a whole number of at least {least}, got {text!r}"
-            )
+            message = f"expected a whole number of at least {least}, got {text!r}"
+            raise argparse.ArgumentTypeError(message)
         return int(text)
 
     return number
 
 
 def switch(text: str) -> bool:
-    """`--SAM`, `--SAM True` and `--SAM False` all mean what they say (for argparse's `type`)."""
+    """An argparse type: True or False."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     try:
         return words[text.lower()]
@@ -174,7 +237,11 @@ def switch(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}") from None
 
 
-def _end(code: int, message: str) -> None:
-    if _has_last_word():
-        print(printable(message), file=sys.stderr)
-    sys.exit(code)
+# `--SAM`, `--SAM True` and `--SAM False` all mean what they say.
+SWITCH: dict[str, Any] = {
+    "type": switch,
+    "nargs": "?",
+    "const": True,
+    "default": False,
+    "metavar": "True|False",
+}

@@ -42,7 +42,9 @@ def without_dropout(head: nn.Module) -> nn.Module:
 def test_three_steps_follow_the_published_dynamics(
     reference: Path, kind: str, sharpness: Sharpness | None
 ) -> None:
-    """Losses to 1e-5, running statistics to 1e-5 and 1e-4: the latter show whether SAM's second pass left them alone."""
+    """Losses to 1e-5, running statistics to 1e-5 and 1e-4: the latter show whether SAM's second
+    pass left them alone.
+    """
     from safetensors.torch import load_file
 
     expected = json.loads((reference / "training_dynamics.json").read_text())[kind]
@@ -73,7 +75,9 @@ def test_the_loss_divides_by_the_sum_of_weights() -> None:
 
 @pytest.mark.parametrize("sharpness", [SAM, ASAM])
 def test_the_perturbation_is_that_of_the_papers(sharpness: Sharpness) -> None:
-    """Its length in the right metric is rho: ||e|| for SAM, ||e / |w||| for ASAM; one norm over all parameters."""
+    """Its length in the right metric is rho: ||e|| for SAM, ||e / |w||| for ASAM; one norm over all
+    parameters.
+    """
     head = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     head(torch.randn(5, 3)).square().sum().backward()
     before = {p: value for p, value in main_train.climb(head, sharpness)}
@@ -176,7 +180,9 @@ def weights(out: Path, name: str = "anti-spoofing_feat_model.pt") -> bytes:
 def test_two_epochs_resumed_for_two_equal_four(
     features, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    """To the last bit: weights, optimiser, schedule, order (CSAM's smaller corpus carries over) and dropout all go on."""
+    """To the last bit: weights, optimiser, schedule, order (CSAM's smaller corpus carries over) and
+    dropout all go on.
+    """
     whole = train(features, tmp_path / "whole", "--num_epochs", "4", *options)
     halves = train(features, tmp_path / "halves", "--num_epochs", "2", *options)
     train(features, halves, "--num_epochs", "4", "--continue_training", *options)
@@ -191,8 +197,10 @@ def test_two_epochs_resumed_for_two_equal_four(
 
 
 def test_eight_bit_features_train_as_exact_ones_do(tmp_path: Path) -> None:
-    """Losses of two epochs differ by 0.04, as those of float16 and float32 do by 0.03: Adam magnifies any difference in
-    so short a run. With codes of three steps instead of 127 they differ by 0.3."""
+    """Losses of two epochs differ by 0.04, as those of float16 and float32 do by 0.03: Adam
+    magnifies any difference in so short a run. With codes of three steps instead of 127 they differ
+    by 0.3.
+    """
     losses = []
     for dtype in ("float32", "sqrt8"):
         features = make_features(tmp_path / dtype, 12, 0, shift=0.3, dtype=dtype)
@@ -213,17 +221,17 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(
 ) -> None:
     whole = train(features, tmp_path / "whole", "--num_epochs", "2", "--SAM")
     steps = 0
-    real_step = main_train.Run.step
+    real_step = main_train.shard_step
 
-    def stop_at_the_fifth(run, *arguments):
+    def stop_at_the_fifth(*arguments):
         nonlocal steps
         steps += 1
         if steps == 5:  # an epoch has three steps; this is the second of epoch 2
             raise KeyboardInterrupt
-        real_step(run, *arguments)
+        return real_step(*arguments)
 
     monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
-    monkeypatch.setattr(main_train.Run, "step", stop_at_the_fifth)
+    monkeypatch.setattr(main_train, "shard_step", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
         train(features, tmp_path / "stopped", "--num_epochs", "2", "--SAM")
     assert torch_files.load(tmp_path / "stopped/last_state.pt")["progress"]["step"] == 1
@@ -392,9 +400,12 @@ def test_caches_of_different_front_ends_do_not_mix(features, tmp_path: Path) -> 
 def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(
     build: Callable[[], nn.Module],
 ) -> None:
-    """From one state, on one batch of smooth features. What training makes of the difference after a few steps is chance.
+    """From one state, on one batch of smooth features.
 
-    Measured with AMX's, AVX-512's and AVX2's products: cosine 0.987 and 0.995 to 0.997, losses within 0.2 %.
+    What training makes of the difference after a few steps is chance.
+
+    Measured with AMX's, AVX-512's and AVX2's products: cosine 0.987 and 0.995 to 0.997, losses
+    within 0.2 %.
     """
     torch.manual_seed(1)
     head = build()
