@@ -1,11 +1,11 @@
 """Compute the front end's features of a corpus once and cache them on disk.
 
-    python preprocess.py                        # Codecfake, xls-r-5, train and dev
-    python preprocess.py -t 19LA --feat mel
-    python preprocess.py --verify               # read a cache back; with --repair redo what is damaged
+    python preprocess.py                        # Codecfake, xls-r-5, train and dev python
+    preprocess.py -t 19LA --feat mel python preprocess.py --verify               # read a cache
+    back; with --repair redo what is damaged
 
-Reads the protocols and audio under -d, writes `<features>/{train,dev}/<feat>/` (see feature_cache.py).
-Stopped at any moment, the same command goes on where it was.
+Reads the protocols and audio under -d, writes `<features>/{train,dev}/<feat>/` (see
+formats/feature_cache.py). Stopped at any moment, the same command goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,132 +14,97 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import dataset
 import frontends
-import model
 from dataset import Trial
 from formats import feature_cache, protocols
 from formats.feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
+from frontends import DEFAULT_SSL, FrontEnd
 from runtime import cli, devices, ranks
 from runtime.cli import InputError
+from runtime.provenance import run_info
 
+PARTS = ("train", "dev")
 FLUSH_EVERY = 256  # rows; at most so many are computed again after a kill
+
+
+# ── Command line ─────────────────────────────────────────────────────────────────────────────────
 
 
 def get_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "-t",
         "--task",
         choices=("codecfake", "19LA"),
         default="codecfake",
         help="the corpus (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "-d",
         "--path_to_database",
         type=Path,
         metavar="DIR",
         help="its folder (default: data/Codecfake or data/LA)",
     )
-    parser.add_argument(
-        "-f",
-        "--path_to_features",
-        type=Path,
-        metavar="DIR",
-        help="where Codecfake's features go (default: features/Codecfake)",
-    )
-    parser.add_argument(
-        "-f1",
-        "--path_to_features1",
-        type=Path,
-        metavar="DIR",
-        help="where 19LA's features go (default: features/LA)",
-    )
-    parser.add_argument(
+    cli.add_feature_folders(parser, "features go")
+    add(
         "--feat",
         choices=tuple(dataset.FEATURE_SHAPES),
         default="xls-r-5",
         help="front end (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--ssl",
-        default=frontends.DEFAULT_SSL,
+        default=DEFAULT_SSL,
         metavar="ID|DIR",
         help="wav2vec 2.0 weights: hub id or local folder (default: %(default)s)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=tuple(DTYPES),
         default="float16",
-        help="stored values: float32 exact, float16 half its bytes, "
-        "sqrt8 a quarter, 8-bit square roots within about 1 %% (default: %(default)s)",
+        help="stored values: float32 exact, float16 half its bytes, sqrt8 a quarter, 8-bit square "
+        "roots within about 1 %% (default: %(default)s)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=devices.PRECISIONS,
-        default="fp32",
-        help="arithmetic of the front end (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="check every row of an existing cache instead"
-    )
-    parser.add_argument(
-        "--repair", action="store_true", help="with --verify: extract the damaged rows anew"
-    )
-    parser.add_argument(
+    faults = parser.add_argument_group("missing and damaged files")
+    faults.add_argument(
         "--skip_missing",
         action="store_true",
         help="go on without files that the protocol names but that are absent",
     )
-    parser.add_argument(
+    faults.add_argument(
         "--max_failed",
         type=cli.percent,
         default=0.1,
         metavar="PERCENT",
         help="stop when more of the files cannot be read (default: %(default)s %%)",
     )
-    cli.add_compute_options(parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)")
+    faults.add_argument(
+        "--verify", action="store_true", help="check every row of an existing cache instead"
+    )
+    faults.add_argument(
+        "--repair", action="store_true", help="with --verify: extract the damaged rows anew"
+    )
+    compute = cli.add_compute_options(
+        parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)"
+    )
+    compute.add_argument(
+        "--precision",
+        choices=devices.PRECISIONS,
+        default="fp32",
+        help="arithmetic of the front end (default: %(default)s)",
+    )
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    if args.verify:
-        for part in ("train", "dev"):
-            require_cache(args.features / part / args.feat)
-        if not args.repair:
-            if not ranks.is_first():
-                return
-            if any([verify(args.features / part / args.feat) for part in ("train", "dev")]):
-                raise InputError(
-                    "the cache is damaged as listed above; add --repair to extract those rows anew"
-                )
-            for part in ("train", "dev"):
-                FeatureCache(args.features / part / args.feat).require_complete()
-            return
-    device = devices.pick_device(ranks.gpu(args.gpu))
-    devices.set_precision(args.precision, device)
-    corpus = {part: readable_trials(args, part) for part in ("train", "dev")}
-    front_end = model.load_frontend(args.feat, args.ssl, args.precision).to(device)
-    for part, (trials, absent) in corpus.items():
-        folder = args.features / part / args.feat
-        with ranks.exclusive(folder):
-            if ranks.is_first():
-                prepare_cache(args, folder, trials, front_end)
-            ranks.barrier()
-            writer = open_cache(args, folder, trials, front_end)
-            try:
-                extract(args, part, writer, front_end, absent, device)
-            finally:
-                writer.close()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -150,13 +115,45 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--repair goes with --verify")
     if args.task == "19LA" and args.path_to_features and not args.path_to_features1:
         parser.error("-t 19LA writes to -f1; -f is Codecfake's folder")
-    if args.task == "codecfake":
-        args.path_to_database = args.path_to_database or Path("data/Codecfake")
-        args.features = args.path_to_features or Path("features/Codecfake")
-    else:
-        args.path_to_database = args.path_to_database or Path("data/LA")
-        args.features = args.path_to_features1 or Path("features/LA")
+    args.path_to_database = args.path_to_database or cli.CORPUS_FOLDERS[args.task]
+    args.features = cli.feature_folder(args, args.task)
     return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    if args.verify:
+        for part in PARTS:
+            require_cache(cache_folder(args, part))
+    if args.verify and not args.repair:
+        verify_caches(args)
+    else:
+        extract_corpus(args)
+
+
+def cache_folder(args: argparse.Namespace, part: str) -> Path:
+    return args.features / part / args.feat
+
+
+# ── Extraction ───────────────────────────────────────────────────────────────────────────────────
+
+
+def extract_corpus(args: argparse.Namespace) -> None:
+    device = devices.pick_device(ranks.gpu(args.gpu))
+    devices.set_precision(args.precision, device)
+    corpus = {part: readable_trials(args, part) for part in PARTS}
+    front_end = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
+    for part, (trials, absent) in corpus.items():
+        folder = cache_folder(args, part)
+        with ranks.exclusive(folder):
+            if ranks.is_first():
+                prepare_cache(args, folder, trials, front_end)
+            ranks.barrier()
+            writer = open_cache(args, folder, trials, front_end, device)
+            try:
+                extract(args, part, writer, front_end, absent, device)
+            finally:
+                writer.close()
 
 
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
@@ -168,14 +165,14 @@ def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], s
         if not args.skip_missing or len(missing) == len(trials):
             raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
         cli.echo(f"note: {line}; going on without them")
-    absent = set(missing)
-    return trials, {row for row, trial in enumerate(trials) if trial in absent}
+    missing = set(missing)
+    return trials, {row for row, trial in enumerate(trials) if trial in missing}
 
 
 def prepare_cache(
-    args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: frontends.FrontEnd
+    args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: FrontEnd
 ) -> None:
-    """Make the cache if there is none; with --repair, mend its files and forget its damaged rows."""
+    """Make the cache if there is none; with --repair, mend its files and forget damaged rows."""
     if args.repair:
         for name in feature_cache.mend_files(folder, trials):
             cli.echo(f"{folder / name}: damaged; made anew")
@@ -188,112 +185,159 @@ def prepare_cache(
 
 
 def open_cache(
-    args: argparse.Namespace, folder: Path, trials: list[Trial], front_end: frontends.FrontEnd
+    args: argparse.Namespace,
+    folder: Path,
+    trials: list[Trial],
+    front_end: FrontEnd,
+    device: torch.device | str = "cpu",
 ) -> CacheWriter:
+    made_by = front_end.fingerprint() | {"precision": args.precision}
     shape = (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
-    about = {
-        "ssl": getattr(front_end, "ssl", None),
-        **{
-            package: version(package)
-            for package in ("torch", "torchaudio", "transformers", "soundfile")
-        },
-    }
-    return CacheWriter(
-        folder,
-        trials,
-        front_end.fingerprint() | {"precision": args.precision},
-        shape,
-        args.dtype,
-        about,
-    )
+    about = {"ssl": getattr(front_end, "ssl", None), "run": run_info(device)}
+    return CacheWriter(folder, trials, made_by, shape, args.dtype, about)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to extract of one part of a corpus."""
+
+    batches: list[list[int]]  # this rank's rows, without the absent ones
+    done: np.ndarray  # (N,) bool, the rows that the cache holds
+    absent: set[int]  # rows that have neither a file nor a feature
+    n_todo: int  # rows that all ranks have to do
+    n_allowed: int  # failures, absent files among them, after which the run goes on
+
+
+@dataclass
+class Outcome:
+    """What extraction came across."""
+
+    failures: dict[int, str]  # row -> one line saying why it has no feature
+    rates: Counter  # sampling rate in Hz -> number of files
 
 
 def extract(
     args: argparse.Namespace,
     part: str,
     writer: CacheWriter,
-    front_end: frontends.FrontEnd,
+    front_end: FrontEnd,
     absent: set[int],
     device: torch.device,
 ) -> None:
-    """Compute and store every row that the cache does not hold yet; the ranks take the batches in turn."""
-    trials, done = writer.trials, writer.states() == DONE
-    ranks.barrier()  # a rank that looked once another had written would count other batches
-    size = args.batch_size or (32 if device.type == "cuda" else 8)
-    todo = np.flatnonzero(~done)
-    # Batches stay aligned to the protocol, so that a resumed run computes what an uninterrupted one would.
-    batches = [
-        [row for row in range(first, min(first + size, len(trials))) if row not in absent]
-        for first in sorted({row // size * size for row in todo.tolist()})
-    ]
-    absent = {
-        row for row in absent if not done[row]
-    }  # what was extracted stays, though its file is gone since
-    failures = {row: "absent" for row in absent}
-    allowed = int(len(trials) * args.max_failed / 100) + len(absent)
-    rates: Counter = Counter()
-    n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
+    """Compute and store every row that the cache lacks; the ranks take the batches in turn.
+
+    Args:
+        absent: rows whose files are not there.
+
+    Raises:
+        InputError: more files than --max_failed allows cannot be read; finished rows are kept.
+    """
+    size = args.batch_size or devices.CLIPS_A_BATCH[device.type]
+    plan = plan_extraction(writer, absent, size, args.max_failed)
+    n_done = len(writer.trials) - plan.n_todo
     cli.echo(
-        f"{args.task} {part}: {len(trials)} clips, {len(trials) - len(todo)} of them done, {device} -> {writer.folder}"
+        f"{args.task} {part}: {len(writer.trials)} clips, {n_done} of them done, {device} -> "
+        f"{writer.folder}"
     )
+    outcome = run_plan(plan, args, part, writer, front_end, size, device)
+    finish(writer, outcome)
+
+
+def plan_extraction(writer: CacheWriter, absent: set[int], size: int, max_failed: float) -> Plan:
+    """What this rank has to do.
+
+    Batches stay aligned to the protocol, so that a resumed run computes what an unbroken one does.
+    """
+    n_trials = len(writer.trials)
+    done = writer.states() == DONE
+    ranks.barrier()  # a rank that looked after another had written would count other batches
+    todo = np.flatnonzero(~done).tolist()
+    batches = []
+    for first in sorted({row // size * size for row in todo}):
+        rows = range(first, min(first + size, n_trials))
+        batches.append([row for row in rows if row not in absent])
+    # What was extracted stays, though its file is gone since.
+    absent = {row for row in absent if not done[row]}
+    own_batches = [batch for batch in ranks.shard(batches) if batch]
+    n_allowed = int(n_trials * max_failed / 100) + len(absent)
+    return Plan(own_batches, done, absent, len(todo), n_allowed)
+
+
+def run_plan(
+    plan: Plan,
+    args: argparse.Namespace,
+    part: str,
+    writer: CacheWriter,
+    front_end: FrontEnd,
+    size: int,
+    device: torch.device,
+) -> Outcome:
+    """Decode, compute and write this rank's batches; a thread writes while the next is computed."""
+    outcome = Outcome({row: "absent" for row in plan.absent}, Counter())
+    n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
+    n_failed_here = 0
+    paths = [trial.path for trial in writer.trials]
+    hide_bar = not plan.n_todo or not ranks.is_first()
     with (
-        tqdm(
-            total=len(todo), unit="clip", disable=not len(todo) or not ranks.is_first(), desc=part
-        ) as bar,
+        tqdm(total=plan.n_todo, unit="clip", desc=part, disable=hide_bar) as bar,
         ThreadPoolExecutor(1) as disk,
     ):
         writing: Future | None = None
-        for batch in dataset.clip_batches(
-            [trial.path for trial in trials],
-            [b for b in ranks.shard(batches) if b],
-            args.num_workers,
-        ):
+        for batch in dataset.clip_batches(paths, plan.batches, args.num_workers):
             features = compute(front_end, batch.clips, size, device)
-            failed = {row: reason for row, reason in batch.failures.items() if not done[row]}
-            failures |= failed
-            if failed and (count := n_failed.add(len(failed)) + len(absent)) > allowed:
-                raise InputError(
-                    f"{count} of {len(trials)} files cannot be read, more than --max_failed "
-                    f"{args.max_failed:g} %; the last: {next(iter(failed.values()))}"
-                )
-            wanted = [i for i, row in enumerate(batch.rows) if not done[row]]
+            failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
+            outcome.failures |= failures
+            outcome.rates += batch.rates
+            if failures:
+                n_failed_here = n_failed.add(len(failures)) + len(plan.absent)
+            if n_failed_here > plan.n_allowed:
+                raise too_many_failed(n_failed_here, len(paths), args.max_failed, failures)
+            positions = [i for i, row in enumerate(batch.rows) if not plan.done[row]]
+            rows = [batch.rows[i] for i in positions]
             if writing:
                 writing.result()
-            writing = disk.submit(
-                store, writer, [batch.rows[i] for i in wanted], features, wanted, list(failed)
-            )
-            rates += batch.rates
-            bar.update(n_finished.add(len(wanted) + len(failed)) - bar.n)
+            writing = disk.submit(store, writer, rows, features, positions, list(failures))
+            bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
         if writing:
             writing.result()
-        writer.mark_failed(sorted(absent))
+        writer.mark_failed(sorted(plan.absent))
         writer.flush()
         ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
         bar.update(n_finished.add() - bar.n)
-    found = ranks.gather((failures, rates))
-    if ranks.is_first():
-        failures = {row: reason for of_rank, _ in found for row, reason in of_rank.items()}
-        writer.write_failures(failures)
-        report(writer, failures, sum((of_rank for _, of_rank in found), Counter()))
+    return outcome
+
+
+def too_many_failed(
+    count: int, n_trials: int, max_failed: float, failures: dict[int, str]
+) -> InputError:
+    return InputError(
+        f"{count} of {n_trials} files cannot be read, more than --max_failed {max_failed:g} %; the "
+        f"last: {next(iter(failures.values()))}"
+    )
 
 
 def compute(
-    front_end: frontends.FrontEnd, clips: torch.Tensor, size: int, device: torch.device
+    front_end: FrontEnd, clips: Tensor, size: int, device: torch.device
 ) -> Callable[[], np.ndarray]:
-    """Start computing the features of clips (B, 64600); what is returned waits for them, (B, frames, dim) float32."""
+    """Start computing the features of clips (B, 64600).
+
+    Args:
+        size: clips are padded to batches of this size; see devices.pad_batch().
+
+    Returns:
+        A function that waits for them: (B, frames, dim) float32.
+    """
     with devices.memory_advice(size), torch.inference_mode():
         features = front_end(devices.pad_batch(clips, size, device))[: len(clips)]
         if device.type != "cuda":
             return features.numpy
-        landed = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
-        copied = torch.cuda.Event(
-            blocking=True
-        )  # a waiting thread leaves its core to the decoding processes
+        on_host = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
+        copied = torch.cuda.Event(blocking=True)  # a waiting thread leaves its core to the workers
         copied.record()
 
     def wait() -> np.ndarray:
         copied.synchronize()
-        return landed.numpy()
+        return on_host.numpy()
 
     return wait
 
@@ -302,27 +346,48 @@ def store(
     writer: CacheWriter,
     rows: list[int],
     features: Callable[[], np.ndarray],
-    which: list[int],
+    positions: list[int],
     failed: list[int],
 ) -> None:
-    writer.write(rows, features()[which])
+    """Write the rows whose features stand at these positions of a batch; mark those that failed."""
+    writer.write(rows, features()[positions])
     writer.mark_failed(sorted(failed))
     if writer.unmarked() >= FLUSH_EVERY:
         writer.flush()
 
 
+def finish(writer: CacheWriter, outcome: Outcome) -> None:
+    """Gather what the ranks came across; list it beside the cache and say it."""
+    outcomes = ranks.gather((outcome.failures, outcome.rates))
+    if not ranks.is_first():
+        return
+    failures: dict[int, str] = {}
+    rates: Counter = Counter()
+    for failures_of_rank, rates_of_rank in outcomes:
+        failures |= failures_of_rank
+        rates += rates_of_rank
+    writer.write_failures(failures)
+    report(writer, failures, rates)
+
+
 def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> None:
-    if note := dataset.describe_rates(rates):
+    note = dataset.describe_rates(rates)
+    if note:
         cli.echo(note)
     if failures:
         cli.echo(
-            f"note: {len(failures)} files have no features and will not be trained on; {writer.folder / 'failed.txt'} lists them"
+            f"note: {len(failures)} files have no features and will not be trained on; "
+            f"{writer.folder / 'failed.txt'} lists them"
         )
     layout = writer.layout
+    frames, dim = layout.shape
     cli.echo(
-        f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {layout.shape[0]} x {layout.shape[1]} {layout.dtype}, "
-        f"{layout.rows * layout.row_bytes / 1e9:.2f} GB"
+        f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {frames} x {dim} "
+        f"{layout.dtype}, {layout.rows * layout.row_bytes / 1e9:.2f} GB"
     )
+
+
+# ── Verification ─────────────────────────────────────────────────────────────────────────────────
 
 
 def require_cache(folder: Path) -> None:
@@ -330,6 +395,20 @@ def require_cache(folder: Path) -> None:
         raise InputError(
             f"{folder}: no feature cache to verify; run preprocess.py without --verify first"
         )
+
+
+def verify_caches(args: argparse.Namespace) -> None:
+    """Raise InputError unless every row of both parts is there and undamaged."""
+    if not ranks.is_first():
+        return
+    folders = [cache_folder(args, part) for part in PARTS]
+    damaged = [verify(folder) for folder in folders]
+    if any(damaged):
+        raise InputError(
+            "the cache is damaged as listed above; add --repair to extract those rows anew"
+        )
+    for folder in folders:
+        FeatureCache(folder).require_complete()
 
 
 def verify(folder: Path) -> list[int]:
@@ -340,14 +419,12 @@ def verify(folder: Path) -> list[int]:
     cache.layout.close()
     for row in damaged:
         cli.echo(f"{folder}: row {row} ({cli.printable(cache.all_names[row])}) is damaged")
-    counts = {
-        what: int((cache.states == state).sum())
-        for state, what in ((NOT_YET, "not extracted yet"), (FAILED, "failed"))
-    }
-    cli.echo(
-        f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
-        + "".join(f", {count} {what}" for what, count in counts.items() if count)
-    )
+    line = f"{folder}: {len(cache.states)} rows, {len(damaged)} damaged"
+    for state, what in ((NOT_YET, "not extracted yet"), (FAILED, "failed")):
+        count = int((cache.states == state).sum())
+        if count:
+            line += f", {count} {what}"
+    cli.echo(line)
     return damaged
 
 
