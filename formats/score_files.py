@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,7 +185,6 @@ def write_provenance(
     """What made the scores, and their checksums, which evaluate_score.py holds them against."""
     checksums = read_checksums(folder) | {score_file: sha256}
     about = about | {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "sha256": checksums,
         "made_of": made_of(folder) | {score_file: scores},
     }
