@@ -13,44 +13,57 @@ from runtime import cli
 from runtime.cli import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-# As torch's two allocators say it, CUDA itself, and its libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
-NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+CLIPS_A_BATCH = {"cuda": 32, "cpu": 8}  # of a front end; more gain little and cost memory
+# What torch's two allocators say, and CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 
-# ── Devices and precision ────────────────────────────────────────────────────────────────────────
+# ── Devices ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def pick_device(gpu: int | None) -> torch.device:
-    """The GPU with this index; None: the first GPU if there is one, else the CPU; negative: the CPU."""
+    """The device to compute on, once it has computed something.
+
+    Args:
+        gpu: index of a GPU; None: the first GPU if there is one, else the CPU; negative: the CPU.
+
+    Raises:
+        InputError: there is no such GPU, or torch cannot use it.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpu is None:
         gpu = 0 if count else -1
     if gpu >= count:
         raise InputError(
-            f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to use what there is"
+            f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to "
+            "use what there is"
         )
     if gpu < 0:
         _keep_freed_memory()
         return torch.device("cpu")
     try:
-        _start(gpu)
-    except RuntimeError as error:  # too old for this torch, full, or another program's alone
+        _try_gpu(gpu)
+    except RuntimeError as error:  # too old for this torch, full, or reserved by another program
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({str(error).strip().splitlines()[0]}); choose "
+            f"--gpu {gpu}: torch {torch.__version__} cannot compute on it ({reason}); choose "
             "another, or the CPU with --gpu -1"
         ) from error
     return torch.device(f"cuda:{gpu}")
 
 
-def _start(gpu: int) -> None:
-    """Make the GPU the one whose streams and events are meant where none is named, and have it compute something."""
+def _try_gpu(gpu: int) -> None:
+    """Make the GPU the current one, whose streams and events are the default, and compute there."""
     torch.cuda.set_device(gpu)
     torch.ones(1, device="cuda").add_(1).item()
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep freed blocks: handing each large activation back to the kernel, only to have the next one
-    cleared page by page, takes a third of the time of LCNN on a CPU."""
+    """Have glibc keep freed blocks instead of returning them to the kernel.
+
+    Returned and taken again, each large activation is cleared page by page: a third of the time of
+    LCNN on a CPU.
+    """
     with suppress(OSError, AttributeError):  # another C library: nothing to set
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -58,14 +71,21 @@ def _keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
 
 
+# ── Precision ────────────────────────────────────────────────────────────────────────────────────
+
+
 def set_precision(precision: str, device: torch.device) -> None:
-    """fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking."""
+    """Set torch's own switches for one of PRECISIONS.
+
+    fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking.
+    """
     for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
         backend.allow_tf32 = precision == "tf32"
     if precision == "bf16" and not has_bf16(device):
         what = "GPU" if device.type == "cuda" else "CPU"
         cli.echo(
-            f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times slower than fp32"
+            f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times "
+            "slower than fp32"
         )
 
 
@@ -77,19 +97,24 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """bfloat16 where torch holds it safe, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    """torch.autocast to bfloat16 for "bf16", nothing for the others."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+# ── Memory ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def pad_batch(clips: Tensor, size: int, device: torch.device) -> Tensor:
     """Clips (B, samples) on the device, followed by silence up to (size, samples).
 
-    One shape throughout, so that what becomes of a clip depends neither on the clips beside it nor on
-    how often the run was interrupted. Nobody waits for the copy to a GPU.
+    All batches have one shape, so that a clip's feature depends neither on the clips beside it nor
+    on how often the run was interrupted. The copy to a GPU is not waited for.
     """
-    full = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
-    full[: len(clips)] = clips
-    return full.to(device, non_blocking=True)
+    padded = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
+    padded[: len(clips)] = clips
+    return padded.to(device, non_blocking=True)
 
 
 @contextmanager
@@ -98,9 +123,9 @@ def memory_advice(batch_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in NO_MEMORY):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise InputError(
-            f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, since it shapes "
-            "the weights), or free memory on that device"
+            f"out of memory with --batch_size {batch_size}; lower it (for training with a new -o, "
+            "since it shapes the weights), or free memory on that device"
         ) from error

@@ -1,8 +1,9 @@
 """Several processes on one job, as `torchrun --nproc_per_node=2 preprocess.py ...` starts them.
 
-What they tell one another passes through torchrun's key-value store, by polling: a wait can be interrupted
-at any moment and last for days, and no threads are left for the forks of the decoding helpers to lose. Only
-training joins a process group besides. Without torchrun there is one rank and nothing to join.
+The ranks exchange messages through torchrun's key-value store, by polling: a wait can be
+interrupted at any moment and last for days, and no threads exist that the forks of the decoding
+workers could lose. Only training joins a process group besides. Without torchrun there is one rank
+and nothing to join.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from runtime import cli, files
@@ -28,26 +30,30 @@ from runtime.cli import InputError
 
 T = TypeVar("T")
 POLL = 0.02  # seconds between two looks at the store
-PIECE = 2**22  # bytes; the store drops connections that send twice as much at once
-LONGEST = timedelta(
-    days=7
-)  # the first rank may write for long; that a rank has died is torchrun's to notice
+CHUNK = 2**22  # bytes; the store drops connections that send twice as much at once
+TIMEOUT = timedelta(days=7)  # the first rank may write for long; torchrun notices a dead rank
+
 _store: dist.Store | None = None
 _rank, _size = 0, 1
-_numbers = (
-    itertools.count()
-)  # names in the store: all ranks ask for the same things in the same order
+# Keys in the store are numbered: all ranks ask for the same things in the same order.
+_numbers = itertools.count()
+
+
+# ── Start and end ────────────────────────────────────────────────────────────────────────────────
 
 
 def run(main: Callable[[], None], if_stopped: str) -> None:
-    """cli.run() for a script that torchrun may have started several times: one of the ranks says what ended them all."""
+    """cli.run() for a script that torchrun may have started several times.
 
-    def joined() -> None:
+    Only one of the ranks says what ended them all.
+    """
+
+    def on_this_rank() -> None:
         _join()
         main()
         _leave()
 
-    cli.run(joined, if_stopped)
+    cli.run(on_this_rank, if_stopped)
 
 
 def _join() -> None:
@@ -58,10 +64,10 @@ def _join() -> None:
         _store, _rank, _size = next(dist.rendezvous("env://"))
     except ValueError as error:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that it sets is there "
-            f"({error}); start with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that "
+            f"it sets is there ({error}); start with torchrun, or unset WORLD_SIZE"
         ) from None
-    cli.one_last_word(_is_first_to_end)
+    cli.report_only_if(_is_first_to_end)
     if _rank:
         sys.stdout = open(os.devnull, "w")
 
@@ -77,7 +83,7 @@ def _leave() -> None:
 def _is_first_to_end() -> bool:
     try:
         return _store.add("ended", 1) == 1
-    except RuntimeError:  # torchrun itself is gone, and nobody else will speak
+    except RuntimeError:  # torchrun itself is gone, and no other rank will report
         return True
 
 
@@ -111,79 +117,89 @@ def shard(items: Sequence[T]) -> Sequence[T]:
     return items[_rank::_size]
 
 
-def gpu(asked: int | None) -> int | None:
-    """What --gpu means for this rank: each process of a machine takes a GPU of its own, or all the CPU."""
-    if _size == 1 or not torch.cuda.is_available() or (asked is not None and asked < 0):
-        return asked
-    if asked is not None:
+def gpu(index: int | None) -> int | None:
+    """What --gpu means for this rank.
+
+    Each process of a machine takes a GPU of its own, or all share the CPU.
+
+    Raises:
+        InputError: --gpu names one GPU for several processes, or there are too few.
+    """
+    on_cpu = index is not None and index < 0
+    if _size == 1 or on_cpu or not torch.cuda.is_available():
+        return index
+    if index is not None:
         raise InputError(
-            f"--gpu {asked}: names one GPU, but of {_size} processes each takes its own; leave it out, and choose GPUs "
-            "with CUDA_VISIBLE_DEVICES"
+            f"--gpu {index}: names one GPU, but of {_size} processes each takes its own; leave it "
+            "out, and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local >= count:
         raise InputError(
-            f"process {local + 1} of this machine finds no GPU left, torch sees {count}; start as many with "
-            "--nproc_per_node, or give --gpu -1 to compute on the CPU"
+            f"process {local + 1} of this machine finds no GPU left, torch sees {count}; start as "
+            "many with --nproc_per_node, or give --gpu -1 to compute on the CPU"
         )
     return local
 
 
-# ── What all have to know ────────────────────────────────────────────────────────────────────────
+# ── Messages ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def barrier(meanwhile: Callable[[], Any] = lambda: None) -> None:
-    """Go on once every rank is here; `meanwhile` is called now and then until that."""
+    """Wait until every rank is here; `meanwhile` is called now and then until that."""
     if _size > 1:
-        name = f"barrier {next(_numbers)}"
-        _store.add(name, 1)
-        _wait(lambda: _store.add(name, 0) == _size, meanwhile)
+        key = f"barrier {next(_numbers)}"
+        _store.add(key, 1)
+        _wait(lambda: _store.add(key, 0) == _size, meanwhile)
 
 
 def gather(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks, on each of them."""
     if _size == 1:
         return [value]
-    name, data = f"gather {next(_numbers)}", pickle.dumps(value)
-    starts = range(0, len(data), PIECE)
+    key, data = f"gather {next(_numbers)}", pickle.dumps(value)
+    starts = range(0, len(data), CHUNK)
     for start in starts:
-        _store.set(f"{name} {_rank} {start}", data[start : start + PIECE])
-    _store.set(f"{name} {_rank}", str(len(data)))
+        _store.set(f"{key} {_rank} {start}", data[start : start + CHUNK])
+    _store.set(f"{key} {_rank}", str(len(data)))
     barrier()
-    values = [pickle.loads(b"".join(_pieces(f"{name} {other}"))) for other in range(_size)]
+    values = [pickle.loads(b"".join(_chunks(f"{key} {other}"))) for other in range(_size)]
     barrier()
-    for (
-        start
-    ) in starts:  # the store keeps all in memory, and scores of whole corpora pass through it
-        _store.delete_key(f"{name} {_rank} {start}")
+    # The store keeps everything in memory, and scores of whole corpora pass through it.
+    for start in starts:
+        _store.delete_key(f"{key} {_rank} {start}")
     return values
 
 
-def _pieces(name: str) -> Iterator[bytes]:
-    for start in range(0, int(_store.get(name)), PIECE):
-        yield _store.get(f"{name} {start}")
+def _chunks(key: str) -> Iterator[bytes]:
+    for start in range(0, int(_store.get(key)), CHUNK):
+        yield _store.get(f"{key} {start}")
 
 
 def broadcast(make: Callable[[], T]) -> T:
-    """What `make` gives on the first rank, where alone it is called."""
+    """The value of `make()`, which only the first rank calls, on every rank."""
     return gather(make() if is_first() else None)[0]
 
 
 class SharedCounter:
-    """A sum over all ranks. Each adds to it when it likes and waits for nobody."""
+    """A sum over all ranks. Each adds to it at any time and waits for no other."""
 
     def __init__(self) -> None:
-        self._name, self._sum = f"tally {next(_numbers)}", 0
+        self._key = f"counter {next(_numbers)}"
+        self._sum = 0
 
     def add(self, count: int = 0) -> int:
-        """The new sum."""
-        self._sum = self._sum + count if _size == 1 else _store.add(self._name, count)
+        """Add, and return the new sum."""
+        self._sum = self._sum + count if _size == 1 else _store.add(self._key, count)
         return self._sum
 
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """files.exclusive() for all ranks together: the first holds the folder from before any of them goes on to after all are done."""
+    """files.exclusive() for all ranks together.
+
+    The first rank holds the lock from before any of them goes on until all are done.
+    """
     with files.exclusive(folder) if is_first() else nullcontext():
         barrier()
         yield
@@ -205,16 +221,21 @@ def process_group(device: torch.device) -> Iterator[None]:
         store=dist.PrefixStore(f"group {next(_numbers)}", _store),
         rank=_rank,
         world_size=_size,
-        timeout=LONGEST,
+        timeout=TIMEOUT,
     )
     yield
     dist.destroy_process_group()  # not after an error: the other ranks may be anywhere
 
 
 def parallel(network: nn.Module) -> nn.Module:
-    """The network, its gradients averaged over the ranks after each backward pass."""
+    """The network as a global batch trains it.
+
+    Gradients are averaged over the ranks after each backward pass, and its BatchNorms, replaced in
+    place, normalise by the global batch.
+    """
     if _size == 1:
         return network
+    sync_batchnorms(network)
     return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
 
 
@@ -224,36 +245,35 @@ def mean(x: Tensor) -> Tensor:
         return x
     x = x.clone()
     dist.all_reduce(x)
-    if (
-        x.is_cuda
-    ):  # who waited for the value itself could not be interrupted, and a rank may be gone
+    if x.is_cuda:
+        # Reading the value would wait in a way that cannot be interrupted, and a rank may be dead.
         reduced = torch.cuda.Event()
         reduced.record()
         _wait(reduced.query, pause=1e-3)
     return x / _size
 
 
-def sync_batchnorms(network: nn.Module) -> nn.Module:
-    """Put a SyncedBatchNorm in the place of each BatchNorm below `network`; names and values stay."""
+def sync_batchnorms(network: nn.Module) -> None:
+    """Replace each BatchNorm below `network` by a SyncedBatchNorm of the same tensors."""
     for parent in list(network.modules()):
         for name, norm in list(parent.named_children()):
             if isinstance(norm, _BatchNorm):
-                setattr(parent, name, SyncedBatchNorm.like(norm))
-    return network
+                setattr(parent, name, SyncedBatchNorm(norm))
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """Training normalises (B, C, ...) by the mean and variance of all ranks' rows together; B may be 0 on some of them."""
+    """BatchNorm over the rows of all ranks, on the CPU as on GPUs; torch's own takes GPUs only.
 
-    @classmethod
-    def like(cls, norm: _BatchNorm) -> SyncedBatchNorm:
-        synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine).to(
-            norm.running_mean.device
-        )
-        synced.load_state_dict(norm.state_dict())
-        for ours, theirs in zip(synced.parameters(), norm.parameters()):
-            ours.requires_grad_(theirs.requires_grad)
-        return synced.train(norm.training)
+    In training, (B, C, ...) is normalised by the mean and variance of the global batch; B may be 0
+    on some of the ranks. The gradient of weight and bias is this rank's summand, that of x takes in
+    the loss of all ranks, as in one process.
+    """
+
+    def __init__(self, norm: _BatchNorm):
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self._parameters = norm._parameters
+        self._buffers = norm._buffers
+        self.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions will do."""
@@ -261,56 +281,25 @@ class SyncedBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        out, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
+        dims = (0, *range(2, x.dim()))
+        per_channel = (1, -1, *(1 for _ in x.shape[2:]))
+        wide = x.float()
+
+        n_values = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)  # a channel
+        sums = all_reduce(torch.cat([wide.sum(dims), n_values]))
+        mean, count = sums[:-1] / sums[-1], sums[-1].detach()
+        centred = wide - mean.view(per_channel)
+        # A second pass over the rows: the mean square less the squared mean would cancel.
+        variance = all_reduce(centred.square().sum(dims)) / count
+        out = centred * torch.rsqrt(variance + self.eps).view(per_channel)
+        if self.affine:
+            out = out * self.weight.view(per_channel) + self.bias.view(per_channel)
         if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return out
+            self._update_running_stats(mean.detach(), variance.detach() * (count / (count - 1)))
+        return out.to(x.dtype)
 
-
-class _Normalise(torch.autograd.Function):
-    """x (B, C, ...), weight and bias (C,) or None -> the same normalised; mean, biased variance (C,); count () of values a channel.
-
-    As in one process: the gradient of weight and bias is this rank's share, that of x takes in the loss of all ranks.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims, wide = (0, *range(2, x.dim())), (1, -1, *(1 for _ in x.shape[2:]))
-        own_count = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
-        sums = torch.cat([x.float().sum(dims), own_count])
-        dist.all_reduce(sums)
-        mean, count = sums[:-1] / sums[-1], sums[-1]
-        centred = x.float() - mean.view(wide)
-        squares = centred.square().sum(
-            dims
-        )  # a second pass: the mean square less the squared mean cancels
-        dist.all_reduce(squares)
-        variance = squares / count
-        inverse = torch.rsqrt(variance + eps)
-        ctx.save_for_backward(x, weight, mean, inverse, count)
-        ctx.dims, ctx.wide = dims, wide
-        out = centred * inverse.view(wide)
-        if weight is not None:
-            out = out * weight.view(wide) + bias.view(wide)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return out.to(x.dtype), mean, variance, count
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor, *_: None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
-        dims, wide = ctx.dims, ctx.wide
-        grad, normed = grad.float(), (x.float() - mean.view(wide)) * inverse.view(wide)
-        own = torch.stack([grad.sum(dims), (grad * normed).sum(dims)])  # (2, C)
-        joint = own.clone()
-        dist.all_reduce(joint)
-        along_one, along_normed = joint / count
-        scale = inverse if weight is None else inverse * weight
-        of_x = (grad - along_one.view(wide) - normed * along_normed.view(wide)) * scale.view(wide)
-        return of_x.to(x.dtype), *((None, None) if weight is None else (own[1], own[0])), None
+    @torch.no_grad()
+    def _update_running_stats(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(unbiased_variance, self.momentum)
