@@ -200,7 +200,7 @@ def measure(args: argparse.Namespace, run: Callable[[], None], owner: object, na
         mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES),
         mock.patch.object(preprocess, "FLUSH_EVERY", 2**14),
         mock.patch.dict(dataset.FEATURE_SHAPES, {"mel": SHAPE}),
-        mock.patch.object(model, "load_frontend", lambda *names: CheapFrontEnd()),
+        mock.patch.object(frontends, "load_frontend", lambda *names: CheapFrontEnd()),
         mock.patch.object(model, "build_head", lambda *names: CheapHead()),
         mock.patch.object(generate_score, "load_heads", lambda folders: {"cheap": CheapHead()}),
     ):
@@ -252,8 +252,8 @@ def training(args: argparse.Namespace) -> None:
     measure(
         args,
         lambda: main_train.main(train_options(args, args.folder / "features", "one_epoch")),
-        main_train.Run,
-        "train_and_record",
+        main_train,
+        "train_epoch",
     )
 
 
@@ -295,8 +295,8 @@ def training_on_full_rows(args: argparse.Namespace) -> None:
         measure(
             args,
             lambda: main_train.main(train_options(args, args.folder / "full", "full_rows")),
-            main_train.Run,
-            "train_and_record",
+            main_train,
+            "train_epoch",
         )
 
 

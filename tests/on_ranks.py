@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-REPO = Path(__file__).resolve().parents[1]
-
 import torch
 from torch import nn
 
@@ -43,7 +41,9 @@ def commands(folder: Path, lines: str) -> None:
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """No dropout: ranks drop out other units. float64: float32's rounding decides which nodes AASIST's pooling keeps."""
+    """No dropout: ranks drop out other units. float64: float32's rounding decides which nodes
+    AASIST's pooling keeps.
+    """
     with (
         mock.patch.object(torch.nn.functional, "dropout", lambda x, *_: x),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
@@ -73,7 +73,9 @@ def slow_second_rank(folder: Path, lines: str) -> None:
 
 
 def interrupted(folder: Path, lines: str) -> None:
-    """Ctrl-C at torchrun when the second rank is at its first batch of the dev part, and the first waits for it."""
+    """Ctrl-C at torchrun when the second rank is at its first batch of the dev part, and the first
+    waits for it.
+    """
     real_compute = preprocess.compute
 
     def stop_in_dev(*arguments: object) -> object:
@@ -87,7 +89,7 @@ def interrupted(folder: Path, lines: str) -> None:
 
 
 def norm_inputs(kind: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A layer with weights, its joint batch, and what its output is multiplied with to give a loss."""
+    """A layer with weights, its global batch, and the factors that make a loss of its output."""
     layer, shape = NORMS[kind]
     torch.manual_seed(len(kind))
     for parameter in layer.parameters():
@@ -97,7 +99,9 @@ def norm_inputs(kind: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
 
 
 def norm(folder: Path) -> None:
-    """This rank's part of a pass over each layer, then of one with the statistics frozen, then of one in eval mode."""
+    """This rank's part of a pass over each layer, then of one with the statistics frozen, then of
+    one in eval mode.
+    """
     with ranks.process_group(torch.device("cpu")):
         for kind in NORMS:
             layer, x, factor = norm_inputs(kind)

@@ -1,4 +1,7 @@
-"""The command lines, one after another, on small corpora.    python -m pytest tests/test_pipeline.py"""
+"""The command lines, one after another, on small corpora.
+
+python -m pytest tests/test_pipeline.py
+"""
 
 from __future__ import annotations
 
@@ -185,7 +188,9 @@ def test_every_task_head_and_optimiser_trains(
 
 
 def test_the_references_own_features_train(tmp_path: Path, corpora: Path) -> None:
-    """The same clips as .pt files and as our cache train to the same weights (a float32 cache: theirs are float32)."""
+    """The same clips as .pt files and as our cache train to the same weights (a float32 cache:
+    theirs are float32).
+    """
     run(
         preprocess,
         "-d",
@@ -201,7 +206,7 @@ def test_the_references_own_features_train(tmp_path: Path, corpora: Path) -> Non
     for part in ("train", "dev"):
         (tmp_path / "theirs" / part / "mel").mkdir(parents=True)
         cache = FeatureCache(tmp_path / "ours" / part / "mel")
-        for row, (name, label) in enumerate(zip(cache.names, cache.labels)):
+        for row, (name, label) in enumerate(zip(cache.names, cache.labels, strict=True)):
             feature = cache.read(np.array([row]))[0].transpose(1, 2).contiguous()
             torch.save(
                 feature,
@@ -263,7 +268,9 @@ def cache_bytes(folder: Path) -> dict[str, bytes]:
 def test_an_interrupted_extraction_ends_in_the_same_bytes(
     corpora: Path, ssl_narrow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped after every batch in turn, and resumed: a row's bytes do not depend on which rows were left to do."""
+    """Stopped after every batch in turn, and resumed: a row's bytes do not depend on which rows
+    were left to do.
+    """
     command = [
         "-d",
         corpora / "Codecfake",
@@ -281,7 +288,7 @@ def test_an_interrupted_extraction_ends_in_the_same_bytes(
     for _ in range(20):
         calls = iter(range(3))
 
-        def stop_at_the_third(*arguments):
+        def stop_at_the_third(*arguments, calls=calls):
             if next(calls) == 2:
                 raise KeyboardInterrupt
             return real_compute(*arguments)
@@ -363,7 +370,8 @@ def test_bad_files_stop_or_are_listed(tmp_path: Path, capsys: pytest.CaptureFixt
     command = ["-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU]
     with pytest.raises(
         InputError,
-        match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the last: .*strain_001\.wav: cannot be read",
+        match=r"1 of 12 files cannot be read, more than --max_failed 0.1 %; the last: "
+        r".*strain_001\.wav: cannot be read",
     ):
         run(preprocess, *command)
     run(preprocess, *command, "--max_failed", 20)
@@ -453,7 +461,10 @@ def test_score_files_hold_the_softmax_of_the_logits(
 def test_a_shared_clip_is_computed_once_and_scores_the_same(
     corpora: Path, head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C1..C6 and A1..A3 share their real clips. Scored alone or after the others, a subset's file has the same bytes."""
+    """C1..C6 and A1..A3 share their real clips.
+
+    Scored alone or after the others, a subset's file has the same bytes.
+    """
     computed, started = [], []
     real_logits, real_start = generate_score.Scorer.logits, dataset.clip_batches
     monkeypatch.setattr(
@@ -537,7 +548,8 @@ def test_scores_of_other_weights_are_not_taken_for_finished(
     for folder, *options in ((tmp_path / "other",), (head_folder, "--llr")):
         with pytest.raises(
             InputError,
-            match=r"C1_result.txt: holds probabilities of the weights \w+, asked for are .*--overwrite",
+            match=r"C1_result.txt: holds probabilities of the weights \w+, asked for are "
+            ".*--overwrite",
         ):
             score(corpora, folder, result, "--subset", "C1", *options)
     assert (result / "C1_result.txt").read_bytes() == before
@@ -571,8 +583,8 @@ def test_a3_without_its_real_half(
         *CPU,
     )
     assert (
-        "its 2 real files are not distributed (copyright); scoring its 2 fakes alone, so it will have no EER"
-        in capsys.readouterr().out
+        "its 2 real files are not distributed (copyright); scoring its 2 fakes alone, so it will "
+        "have no EER" in capsys.readouterr().out
     )
     assert (tmp_path / "r/A3_missing.txt").read_text() == "s_000.wav absent\ns_001.wav absent\n"
     run(evaluate_score, "--result_folder", tmp_path / "r", "--no_ci")

@@ -1,4 +1,7 @@
-"""Damage, hostile files, full disks, kills: the fast part of tests/torture.py.    python -m pytest tests/test_robustness.py"""
+"""Damage, hostile files, full disks, kills: the fast part of tests/torture.py.
+
+python -m pytest tests/test_robustness.py
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,9 @@ import main_train
 import model
 import preprocess
 from dataset import FAKE, REAL, Trial
-from formats import audio, feature_cache, score_files, torch_files
+from formats import audio, feature_cache, score_files, torch_files, training_state
 from formats.feature_cache import DONE, CacheWriter, FeatureCache
+from formats.training_state import TrainingState
 from runtime import cli, devices, files
 from runtime.cli import InputError
 
@@ -131,7 +135,9 @@ def test_unusual_archives_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_torch_saves_comes_back(tmp_path: Path) -> None:
-    """All that our own files and the released ones hold, views into one storage and empty tensors included."""
+    """All that our own files and the released ones hold, views into one storage and empty tensors
+    included.
+    """
     base = torch.arange(12.0)
     content = {
         "a": [1, -1, 2**40, 0.5, None, True, False, "x", ()],
@@ -189,6 +195,7 @@ def test_a_checkpoints_record_must_be_plain(tmp_path: Path, info: object) -> Non
         lambda s: s["optimiser"]["state"][0].update(exp_avg=torch.zeros(1)),
         lambda s: s["optimiser"]["state"].update({999: {}}),
         lambda s: s.update(settings=doubled(60)),
+        lambda s: s.update(history=[dict.fromkeys(training_state.RECORD_KEYS)]),
     ],
 )
 def test_a_state_of_other_parts_is_refused(tmp_path: Path, change) -> None:
@@ -196,22 +203,18 @@ def test_a_state_of_other_parts_is_refused(tmp_path: Path, change) -> None:
     optimiser = torch.optim.Adam(head.parameters())
     head(torch.rand(2, 3)).sum().backward()
     optimiser.step()
-    state = {
-        "format": main_train.STATE_FORMAT,
-        "settings": {},
-        "epoch": 1,
-        "progress": vars(main_train.Progress()),
-        "history": [],
-        "head": dict(head.state_dict()),
-        "optimiser": optimiser.state_dict(),
-    }
-    assert main_train.fits(head, state["head"], state["optimiser"])
-    change(state)
-    torch_files.save(tmp_path / "last_state.pt", state)
-    with pytest.raises(InputError, match="damaged"):
-        found = main_train.read_state(tmp_path / "last_state.pt")
-        assert main_train.fits(head, found["head"], found["optimiser"]) is False
-        raise InputError("damaged")
+    path = tmp_path / "last_state.pt"
+    weights = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    state = TrainingState({}, head=weights, optimiser=optimiser.state_dict())
+    training_state.write_state(path, state)
+    training_state.restore(path, training_state.read_state(path), head, optimiser)
+    content = torch_files.load(path)
+    change(content)
+    torch_files.save(path, content)
+    before = [p.clone() for p in head.parameters()]
+    with pytest.raises(InputError, match="damaged, its .* is not that of such a run"):
+        training_state.restore(path, training_state.read_state(path), head, optimiser)
+    assert all(map(torch.equal, head.parameters(), before))
 
 
 # ── Protocols ──
@@ -266,7 +269,9 @@ well_formed = {
 def test_whatever_a_protocol_holds_paths_stay_in_the_corpus(
     tmp_path_factory: pytest.TempPathFactory, task: str, data: st.DataObject
 ) -> None:
-    """Either every row becomes a trial that is safe to open and to print, or one line says which row is not."""
+    """Either every row becomes a trial that is safe to open and to print, or one line says which
+    row is not.
+    """
     rows = data.draw(
         st.lists(well_formed[task], max_size=3)
         | st.lists(st.lists(one | word, max_size=6), max_size=3)
@@ -416,7 +421,9 @@ def test_what_was_extracted_stays_when_its_file_is_gone(tmp_path: Path) -> None:
 
 
 def test_zeroed_entries_of_the_index_are_told_when_verifying(corpora: Path, tmp_path: Path) -> None:
-    """They look like rows not written yet, which is what they have to be taken for; but such a cache is not whole."""
+    """They look like rows not written yet, which is what they have to be taken for; but such a
+    cache is not whole.
+    """
     command = ["-d", corpora / "Codecfake", "-f", tmp_path, "--feat", "mel", *CPU]
     run(preprocess, *command)
     with open(tmp_path / "train/mel/index.npy", "r+b") as file:
@@ -443,7 +450,9 @@ def open_writer(folder: Path, root: Path) -> CacheWriter:
 def test_weights_that_are_not_finite_are_never_saved(
     features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of finite loss can leave them so; the dev set may hold one class and no EER to stumble over it."""
+    """A step of finite loss can leave them so; the dev set may hold one class and no EER to stumble
+    over it.
+    """
     out = train(features, tmp_path / "run")
     before = {path: path.read_bytes() for path in out.rglob("*.pt")}
     real_step = main_train.train_step
@@ -556,7 +565,9 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
-    """torch.save hides the system's error behind one of its own, so that nobody could tell a full disk from a defect."""
+    """torch.save hides the system's error behind one of its own, so that nobody could tell a full
+    disk from a defect.
+    """
     path, at = tmp_path / "x.pt", 0
     torch_files.save(path, {"x": torch.zeros(10)})
     whole = path.read_bytes()
@@ -630,7 +641,9 @@ def test_caches_weights_and_scores_do_not_depend_on_the_workers(
 def test_escapes_in_names_never_reach_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Names of recordings and of models, what a checkpoint says of itself, and names that are not even UTF-8."""
+    """Names of recordings and of models, what a checkpoint says of itself, and names that are not
+    even UTF-8.
+    """
     head = tmp_path / "head\x1b[2J"
     head.mkdir()
     model.save_head(head / model.WEIGHTS, model.LCNN("mel"), {"trained": "\x1b[31mby me"})
@@ -684,16 +697,16 @@ def test_max_failed_is_a_percentage(text: str) -> None:
 
 def test_a_second_signal_does_not_break_off_the_clean_end(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(cli, "_stopped_by", None)
+    monkeypatch.setattr(cli, "_signal", None)
     try:
         for number in before:
-            signal.signal(number, cli._stop)
+            signal.signal(number, cli._raise_stopped)
         with pytest.raises(cli.Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
-        assert cli._stopped_by == signal.SIGTERM
+        assert cli._signal == signal.SIGTERM
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -852,7 +865,10 @@ def test_csam_needs_two_corpora() -> None:
 def test_a_cache_that_fails_under_its_reader(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut while open: the row is damaged. A disk that reports an error: the file is named. No row left: said so."""
+    """Cut while open: the row is damaged.
+
+    A disk that reports an error: the file is named. No row left: said so.
+    """
     folder = make_cache(tmp_path / "train/mel", rows=2)
     cache = FeatureCache(folder)
     cache.read(np.array([0]))

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import dataset
+import frontends
 import generate_score
-import model
 import preprocess
 from benchmarks import bench_scale, scale
 from dataset import Trial
@@ -61,7 +61,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "clip_batches", clip_batches)
     monkeypatch.setattr(dataset, "CLIP_SAMPLES", bench_scale.CLIP_SAMPLES)
     monkeypatch.setattr(audio, "_load_clip", bench_scale.stand_in_clip)
-    monkeypatch.setattr(model, "load_frontend", lambda *names: bench_scale.CheapFrontEnd())
+    monkeypatch.setattr(frontends, "load_frontend", lambda *names: bench_scale.CheapFrontEnd())
 
 
 # Each bound is a quarter to a half above what was measured, which stands beside it.
