@@ -251,9 +251,9 @@ def plan_extraction(writer: CacheWriter, absent: set[int], size: int, max_failed
     n_trials = len(writer.trials)
     done = writer.states() == DONE
     ranks.barrier()  # a rank that looked after another had written would count other batches
-    todo = np.flatnonzero(~done).tolist()
+    todo = np.flatnonzero(~done)
     batches = []
-    for first in sorted({row // size * size for row in todo}):
+    for first in np.unique(todo // size * size).tolist():
         rows = range(first, min(first + size, n_trials))
         batches.append([row for row in rows if row not in absent])
     # What was extracted stays, though its file is gone since.
