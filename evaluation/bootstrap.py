@@ -18,8 +18,7 @@ from formats.score_files import Scores
 
 N_RESAMPLES = 1000
 COVERAGE = 0.95
-BLOCK = 2**18  # trials weighed at once: 2 MiB of int64, which a core's cache holds
-FAKE_UNIT = 1 << 32  # cumulative sums count real trials in the low 32 bits, fake ones in the high
+BLOCK = 2**18  # trials weighted at once: 1 MiB of int32, which a core's cache holds
 
 COPY_PREFIX = re.compile(r"(?:F\d\d|[LA]\d)_")  # codec F01..F07, audio-language-model set L1..L3
 
@@ -69,7 +68,7 @@ def resample_eers(
     for start in range(0, n_resamples, rows):
         weights = _draw(rng, strata, min(rows, n_resamples - start))
         for column, ranking in enumerate(rankings):
-            eers[start : start + rows, column] = _eers(_cumulate(weights, ranking), ranking.ends)
+            eers[start : start + rows, column] = _eers(_cumulate(weights, ranking), ranking)
     return eers
 
 
@@ -83,13 +82,11 @@ def resample_det(
     frr = np.empty((n_resamples, len(far)))
     rows = max(1, BLOCK // len(trials.scores))
     for start in range(0, n_resamples, rows):
-        counts = _cumulate(_draw(rng, strata, min(rows, n_resamples - start)), ranking)
-        n_real, n_fake = _unpack(counts[:, -1:])
-        at = _first(
-            counts, ranking.ends, lambda real, fake: n_fake - fake <= far * n_fake, len(far)
-        )
-        rejected, _ = _unpack(np.take_along_axis(counts, ranking.ends[at], axis=1))
-        frr[start : start + rows] = rejected / n_real
+        weights = _cumulate(_draw(rng, strata, min(rows, n_resamples - start)), ranking)
+        n_fake = weights.n_fake
+        most = far * n_fake  # fakes accepted at each goal, (rows, len(far))
+        at = _first(weights, ranking, lambda below: n_fake - below.fake <= most, len(far))
+        frr[start : start + rows] = _at(weights, ranking, at).real / weights.n_real
     return frr
 
 
@@ -124,11 +121,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class _Ranking(NamedTuple):
-    """One system's trials in the order of their scores."""
+    """One system's trials, each class in the order of its scores. K = distinct scores + 1."""
 
-    clusters: np.ndarray  # (N,) whose weight each trial has
-    units: np.ndarray  # (N,) 1 if real, FAKE_UNIT if fake
-    ends: np.ndarray  # (distinct scores + 1,) how many trials lie at or below each threshold
+    real_clusters: np.ndarray  # (n_real,) cluster of each real trial
+    fake_clusters: np.ndarray  # (n_fake,)
+    n_real_below: np.ndarray  # (K,) real trials at or below each threshold
+    n_fake_below: np.ndarray  # (K,)
+
+
+class _Weights(NamedTuple):
+    """Cumulative weights of resamples: [:, n] is the weight of the n lowest trials of the class."""
+
+    real: np.ndarray  # (rows, n_real + 1)
+    fake: np.ndarray  # (rows, n_fake + 1)
+
+    @property
+    def n_real(self) -> np.ndarray:
+        """Size of the real class in each resample, (rows, 1)."""
+        return self.real[:, -1:]
+
+    @property
+    def n_fake(self) -> np.ndarray:
+        return self.fake[:, -1:]
 
 
 def _stratify(is_real: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -142,11 +156,14 @@ def _stratify(is_real: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _rank(scores: np.ndarray, is_real: np.ndarray, clusters: np.ndarray) -> _Ranking:
-    order = np.argsort(scores, kind="stable")
-    ends = np.flatnonzero(np.diff(scores[order], append=np.inf)) + 1
-    return _Ranking(
-        clusters[order], np.where(is_real[order], 1, FAKE_UNIT), np.concatenate([[0], ends])
-    )
+    thresholds = np.concatenate([[-np.inf], np.unique(scores)])
+    sides = []
+    for side in (is_real, ~is_real):
+        order = np.argsort(scores[side], kind="stable")
+        n_below = np.searchsorted(scores[side][order], thresholds, side="right")
+        sides.append((clusters[side][order], n_below))
+    (real_clusters, n_real_below), (fake_clusters, n_fake_below) = sides
+    return _Ranking(real_clusters, fake_clusters, n_real_below, n_fake_below)
 
 
 def _draw(rng: np.random.Generator, strata: np.ndarray, rows: int) -> np.ndarray:
@@ -154,54 +171,58 @@ def _draw(rng: np.random.Generator, strata: np.ndarray, rows: int) -> np.ndarray
     weights, row = [], np.arange(rows)[:, None]
     for size in strata:
         drawn = rng.integers(size, size=(rows, size), dtype=np.int32) + row * size
-        weights.append(np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size))
+        counts = np.bincount(drawn.ravel(), minlength=rows * size)
+        weights.append(counts.astype(np.int32).reshape(rows, size))
     return np.concatenate(weights, axis=1)
 
 
-def _cumulate(weights: np.ndarray, ranking: _Ranking) -> np.ndarray:
-    """(rows, N + 1): the weight of the lowest 0, 1, .. N trials, real and fake packed into one number."""
-    counts = np.empty((len(weights), len(ranking.clusters) + 1), dtype=np.int64)
-    counts[:, 0] = 0
-    np.take(
-        weights, ranking.clusters, axis=1, out=counts[:, 1:], mode="clip"
-    )  # any other mode takes a copy first
-    counts[:, 1:] *= ranking.units
-    return np.cumsum(counts, axis=1, out=counts)
+def _cumulate(weights: np.ndarray, ranking: _Ranking) -> _Weights:
+    """Cumulative weights of a system's trials from those of the clusters, (rows, clusters)."""
+    sides = []
+    for clusters in (ranking.real_clusters, ranking.fake_clusters):
+        sums = np.zeros((len(weights), len(clusters) + 1), dtype=np.int32)
+        # Any other mode than "clip" would take into a copy first.
+        np.take(weights, clusters, axis=1, out=sums[:, 1:], mode="clip")
+        sides.append(np.cumsum(sums, axis=1, out=sums))
+    return _Weights(*sides)
 
 
-def _unpack(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return counts & (FAKE_UNIT - 1), counts >> 32
+def _at(weights: _Weights, ranking: _Ranking, thresholds: np.ndarray) -> _Weights:
+    """Real and fake weight at or below numbered thresholds, (rows, n): int64, ready to multiply."""
+    real = np.take_along_axis(weights.real, ranking.n_real_below[thresholds], axis=1)
+    fake = np.take_along_axis(weights.fake, ranking.n_fake_below[thresholds], axis=1)
+    return _Weights(real.astype(np.int64), fake.astype(np.int64))
 
 
-def _first(counts: np.ndarray, ends: np.ndarray, reached: Callable, n_goals: int = 1) -> np.ndarray:
-    """Number of the first threshold where `reached(real, fake)` holds: (rows, n_goals). By bisection.
+def _first(
+    weights: _Weights, ranking: _Ranking, reached: Callable[[_Weights], np.ndarray], n_goals: int
+) -> np.ndarray:
+    """Number of the first threshold where `reached(weights)` holds: (rows, n_goals). By bisection.
 
-    `reached` takes the weights at or below a threshold, must not hold at the first threshold, which
-    is below all scores, must hold at the last, and stay true once it is.
+    `reached` takes the weights at or below a threshold. It must not hold at the first threshold,
+    which is below all scores, must hold at the last, and stay true once it is.
     """
-    below = np.zeros((len(counts), n_goals), dtype=np.int64)
-    above = np.full_like(below, len(ends) - 1)
-    for _ in range(len(ends).bit_length()):
+    below = np.zeros((len(weights.real), n_goals), dtype=np.int64)
+    above = np.full_like(below, len(ranking.n_real_below) - 1)
+    for _ in range(len(ranking.n_real_below).bit_length()):
         middle = (below + above) // 2
-        holds = reached(*_unpack(np.take_along_axis(counts, ends[middle], axis=1)))
+        holds = reached(_at(weights, ranking, middle))
         above = np.where(holds, middle, above)
         below = np.where(holds, below, middle)
     return above
 
 
-def _eers(counts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """EER of each row. FRR rises and FAR falls with the threshold: they differ least where they cross."""
-    n_real, n_fake = _unpack(counts[:, -1:])
-    both = n_real * n_fake
+def _eers(weights: _Weights, ranking: _Ranking) -> np.ndarray:
+    """EER of each resample, (rows,). FRR rises and FAR falls: they differ least where they cross."""
+    n_real = weights.n_real.astype(np.int64)
+    n_fake = weights.n_fake.astype(np.int64)
 
-    def excess(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
+    def excess(below: _Weights) -> np.ndarray:
         """(FRR - FAR) times both class sizes."""
-        return real * n_fake + fake * n_real - both
+        return below.real * n_fake - (n_fake - below.fake) * n_real
 
-    after = _first(counts, ends, lambda real, fake: excess(real, fake) >= 0)
-    real, fake = _unpack(
-        np.take_along_axis(counts, ends[np.concatenate([after - 1, after], axis=1)], axis=1)
-    )
-    distance = np.abs(excess(real, fake))
-    eers = (real / n_real + (n_fake - fake) / n_fake) / 2
+    after = _first(weights, ranking, lambda below: excess(below) >= 0, n_goals=1)
+    either_side = _at(weights, ranking, np.concatenate([after - 1, after], axis=1))
+    distance = np.abs(excess(either_side))
+    eers = (either_side.real / n_real + (n_fake - either_side.fake) / n_fake) / 2
     return np.where(distance[:, 0] <= distance[:, 1], eers[:, 0], eers[:, 1])

@@ -248,8 +248,8 @@ def reliability_plot(results: Sequence[Result]) -> Figure:
             bins = eval_metrics.reliability(real, fake)
             enough = bins.count >= LEAST_IN_BIN
             axes.plot(
-                bins.said[enough],
-                bins.found[enough],
+                bins.predicted[enough],
+                bins.observed[enough],
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
                 linewidth=1,

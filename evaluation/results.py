@@ -206,7 +206,7 @@ def evaluate_trials(
     n_real, n_fake = len(trials.real), len(trials.fake)
     if not n_real or not n_fake:
         return Result(model, subset, file, trials, None, None, _why_no_eer(subset, n_real, n_fake))
-    point = eval_metrics.find_eer_point(trials.real, trials.fake)
+    point = eval_metrics.eer_point(eval_metrics.count_errors(trials.real, trials.fake))
     interval = estimate_interval(trials, subset, point, n_resamples, seed) if n_resamples else None
     return Result(model, subset, file, trials, point, interval, None)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_metrics
-from eval_metrics import compute_auc, compute_det_curve, compute_eer, find_eer_point
+from eval_metrics import compute_auc, compute_det_curve, compute_eer, count_errors, eer_point
 from formats import score_files
 from formats.score_files import read_scores, write_scores
 from runtime.cli import InputError
@@ -87,7 +87,7 @@ def test_det_curve_runs_from_all_accepted_to_all_rejected(target, nontarget):
 
 @given(few_values, few_values)
 def test_eer_is_a_point_of_the_det_curve(target, nontarget):
-    point = find_eer_point(target, nontarget)
+    point = eer_point(count_errors(target, nontarget))
     frr, far, thresholds = compute_det_curve(target, nontarget)
     at = list(thresholds).index(point.threshold)
     assert point.eer == pytest.approx((frr[at] + far[at]) / 2)
