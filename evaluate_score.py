@@ -18,13 +18,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from evaluation import analyses, bootstrap, paper_tables, tables
-from evaluation.results import SUBSETS, TASKS, Model, Result, evaluate, find_models
+from evaluation import analyses, bootstrap, comparisons, tables
+from evaluation.results import (
+    SUBSETS,
+    TASKS,
+    Evaluated,
+    Figures,
+    Model,
+    evaluate,
+    find_models,
+    merge_records,
+)
 from evaluation.tables import Table
 from formats import score_files
 from runtime import cli, files
 from runtime.cli import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FORMATS = ("table", "markdown", "csv", "json", "latex")
 
@@ -157,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subsets = TASKS[args.task] if args.task else SUBSETS
     if args.compare:
         a, b = (pick_model(name, args.result_folder, subsets) for name in args.compare)
-        table, records = analyses.compare(a, b, args.resamples, args.seed)
+        table, records = comparisons.compare(a, b, args.resamples, args.seed)
         show([table], records, args.format)
         return
     if args.plot:
@@ -167,22 +180,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = find_models(args.result_folder, subsets)
     labels = check_protocols(args, models) if args.path_to_database else {}
     n_resamples = 0 if args.no_ci else args.resamples
-    results = [result for model in models for result in evaluate(model, n_resamples, args.seed)]
-    found = make_tables(args, models, results, subsets, labels)
+    evaluated = [evaluate(model, n_resamples, args.seed) for model in models]
+    found, figures = make_tables(args, evaluated, subsets, labels)
     if args.export_asvspoof5:
-        export_asvspoof5(results, Path(args.export_asvspoof5))
+        export_asvspoof5(evaluated, Path(args.export_asvspoof5))
     if args.plot:
-        plots.save(draw(args.plot_kind, results, n_resamples, args.seed), args.plot)
+        plots.save(draw(args.plot_kind, evaluated, n_resamples, args.seed), args.plot)
     if args.report:
-        make_report(
-            args, found, results, ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)]
-        )
+        command = ["evaluate_score.py", *(sys.argv[1:] if argv is None else argv)]
+        make_report(args, found, evaluated, shlex.join(command))
     # CSV is one table: the last one asked for, or the EERs.
-    show(
-        found[-1:] if args.format == "csv" else found,
-        [result.record() for result in results],
-        args.format,
-    )
+    shown = found[-1:] if args.format == "csv" else found
+    show(shown, merge_records(evaluated, figures), args.format)
     if args.plot:
         sys.stdout.flush()  # the table first, also where both streams go to one file
         print(f"plot: {cli.printable(args.plot)}", file=sys.stderr)
@@ -201,146 +210,141 @@ def pick_model(name: str, folders: Sequence[str], subsets: Sequence[str]) -> Mod
     return models[0]
 
 
-def check_protocols(
-    args: argparse.Namespace, models: Sequence[Model]
-) -> dict[str, dict[str, tuple[bool, str]]]:
-    """Hold the score files against the corpus: warn, or with --strict end. Returns subset -> trial -> (is real, source)."""
-    scored = [
-        subset
-        for subset in TASKS[args.task or "codecfake"]
-        if any(subset in model.files for model in models)
-    ]
+Labels = dict[str, dict[str, tuple[bool, str]]]  # subset -> trial -> (is real, source)
+
+
+def check_protocols(args: argparse.Namespace, models: Sequence[Model]) -> Labels:
+    """Hold the score files against the corpus: warn, or with --strict end."""
+    task = args.task or "codecfake"
+    scored = [s for s in TASKS[task] if any(s in model.files for model in models)]
     if not scored:
         raise InputError(
-            f"-d {args.path_to_database}: no score file of {args.task or 'codecfake'} to hold against it; "
+            f"-d {args.path_to_database}: no score file of {task} to hold against it; "
             "name the corpus's task with -t"
         )
     labels = {
-        subset: analyses.protocol_labels(args.task or "codecfake", args.path_to_database, subset)
-        for subset in scored
+        subset: analyses.protocol_labels(task, args.path_to_database, subset) for subset in scored
     }
-    problems = [
-        problem
-        for model in models
-        for subset in scored
-        if subset in model.files
-        for problem in analyses.find_problems(model.files[subset], labels[subset])
-    ]
+    problems = []
+    for model in models:
+        for subset in scored:
+            if subset in model.files:
+                problems += analyses.find_problems(model.files[subset], labels[subset])
+    kind = "mismatch" if args.strict else "warning"
     for problem in problems:
-        print(
-            cli.printable(f"{'mismatch' if args.strict else 'warning'}: {problem}"), file=sys.stderr
-        )
+        print(cli.printable(f"{kind}: {problem}"), file=sys.stderr)
     if problems and args.strict:
         raise InputError(
-            f"{len(problems)} mismatch(es) between the score files and the protocols of {args.path_to_database}, "
-            "named above; score the missing trials, remove the others, or leave out --strict"
+            f"{len(problems)} mismatch(es) between the score files and the protocols of "
+            f"{args.path_to_database}, named above; score the missing trials, remove the others, "
+            "or leave out --strict"
         )
     return labels
 
 
 def make_tables(
     args: argparse.Namespace,
-    models: Sequence[Model],
-    results: Sequence[Result],
+    evaluated: Sequence[Evaluated],
     subsets: Sequence[str],
-    labels: dict[str, dict[str, tuple[bool, str]]],
-) -> list[Table]:
-    """The tables asked for. The analyses leave their figures in the results' `extra`, for JSON."""
-    found = [tables.eer_table(results, models, subsets)]
+    labels: Labels,
+) -> tuple[list[Table], list[Figures]]:
+    """The tables asked for, and what their analyses add to the records."""
+    found, figures = [tables.eer_table(evaluated, subsets)], []
     if not args.no_ci and args.format != "csv":
-        found.append(tables.interval_table(results, args.resamples, args.seed))
+        found.append(tables.interval_table(evaluated, args.resamples, args.seed))
+    further = []
     if args.metrics:
         asv = score_files.read_asv_scores(args.asv_scores) if args.asv_scores else None
         inputs = analyses.MetricInputs(asv, args.threshold_from, args.calibrate)
-        found.append(analyses.metrics_table(models, results, inputs))
+        further.append(analyses.metrics_table(evaluated, inputs))
     if args.by:
         sources = {
             subset: {name: source for name, (_, source) in rows.items()}
             for subset, rows in labels.items()
         }
-        found.append(
-            analyses.by_source_table(
-                results, sources, 0 if args.no_ci else args.resamples, args.seed
-            )
-        )
+        n_resamples = 0 if args.no_ci else args.resamples
+        further.append(analyses.by_source_table(evaluated, sources, n_resamples, args.seed))
     if args.paper is not None:
-        found.append(paper_tables.comparison_table(models, results, args.paper))
-    return found
+        further.append(comparisons.beside_paper(evaluated, args.paper))
+    for table, of_results in further:
+        found.append(table)
+        figures.append(of_results)
+    return found, figures
 
 
-def draw(kind: str, results: Sequence[Result], n_resamples: int, seed: int):
+def draw(kind: str, evaluated: Sequence[Evaluated], n_resamples: int, seed: int) -> Figure:
     """The figure that --plot writes."""
     from evaluation import plots
 
+    results = [result for of_model in evaluated for result in of_model.results.values()]
     if kind == "det":
         return plots.det_plot(results, plots.det_bands(results, seed=seed) if n_resamples else None)
-    if kind == "histogram" and len({result.model for result in results}) > 1:
+    if kind == "histogram" and len(evaluated) > 1:
         raise InputError(
             "--plot_kind histogram draws one model; name its folder with --result_folder"
         )
-    return {
+    kinds = {
         "histogram": plots.histograms,
         "eer": plots.eer_bars,
         "reliability": plots.reliability_plot,
-    }[kind](results)
+    }
+    return kinds[kind](results)
 
 
 def make_report(
-    args: argparse.Namespace,
-    found: Sequence[Table],
-    results: Sequence[Result],
-    command: Sequence[str],
+    args: argparse.Namespace, found: Sequence[Table], evaluated: Sequence[Evaluated], command: str
 ) -> None:
     from evaluation import plots, report
 
     n_resamples = 0 if args.no_ci else args.resamples
     shaded = ", 95 % intervals shaded" if n_resamples else ""
+    results = [result for of_model in evaluated for result in of_model.results.values()]
     figures = [
         (
             "True EERs (over 50 %: the scores point the wrong way) on a square-root scale",
             plots.eer_bars(results),
         )
     ]
-    for model in dict.fromkeys(result.model for result in results):
-        own = [result for result in results if result.model == model]
+    for of_model in evaluated:
+        name, of_results = of_model.name, list(of_model.results.values())
         figures += [
             (
-                f"{model}: DET curves on normal deviate axes; a dot marks each EER{shaded}",
-                draw("det", own, n_resamples, args.seed),
+                f"{name}: DET curves on normal deviate axes; a dot marks each EER{shaded}",
+                draw("det", [of_model], n_resamples, args.seed),
             ),
             (
-                f"{model}: reliability at even odds; on the diagonal, scores mean what they say (bins of "
-                f"{plots.LEAST_IN_BIN} trials and more)",
-                plots.reliability_plot(own),
+                f"{name}: reliability at even odds; on the diagonal, scores mean what they say "
+                f"(bins of {plots.LEAST_IN_BIN} trials and more)",
+                plots.reliability_plot(of_results),
             ),
-            (f"{model}: scores of real and fake trials", plots.histograms(own, columns=2)),
+            (f"{name}: scores of real and fake trials", plots.histograms(of_results, columns=2)),
         ]
-    path = report.write_report(args.report, found, figures, results, shlex.join(command))
+    path = report.write_report(args.report, found, figures, evaluated, command)
     print(f"report: {cli.printable(str(path))}", file=sys.stderr)
 
 
-def export_asvspoof5(results: Sequence[Result], folder: Path) -> None:
+def export_asvspoof5(evaluated: Sequence[Evaluated], folder: Path) -> None:
     """One `<model>_<subset>.tsv` a score file, as ASVspoof 5's evaluation package reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        name = f"{result.model}_{result.subset}.tsv".replace("/", "_")
-        with files.atomic_write(folder / name) as file:
-            file.write("filename\tcm-score\n")
-            file.writelines(
-                f"{trial}\t{score!r}\n"
-                for trial, score in zip(result.trials.names, result.trials.scores.tolist())
-            )
+    for of_model in evaluated:
+        for subset, result in of_model.results.items():
+            name = f"{of_model.name}_{subset}.tsv".replace("/", "_")
+            rows = zip(result.trials.names, result.trials.scores.tolist(), strict=True)
+            with files.atomic_write(folder / name) as file:
+                file.write("filename\tcm-score\n")
+                file.writelines(f"{trial}\t{score!r}\n" for trial, score in rows)
 
 
 def show(found: Sequence[Table], records: Sequence[dict], style: str) -> None:
-    """Print tables or records. Where notes cannot stand beside the data they go to standard error."""
+    """Print tables or records. Notes that cannot stand beside the data go to standard error."""
     if style == "json":
         print(json.dumps(records, indent=1, allow_nan=False))
     else:
         print("\n".join(tables.render(table, style) for table in found), end="")
     if style in ("json", "csv"):
-        for note in (note for table in found for note in table.notes):
-            print(cli.printable(note), file=sys.stderr)
+        for table in found:
+            for note in table.notes:
+                print(cli.printable(note), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `--metrics`, `--by source`, `--compare` and `-d` ask of results: tables, figures for JSON, mismatches."""
+"""What `--metrics`, `--by source` and `-d` ask of results: tables, figures for JSON, mismatches."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 import eval_metrics
-from evaluation import bootstrap
-from evaluation.results import Model, Result, evaluate_trials
-from evaluation.tables import ABSENT, Table, percent, signed
+from eval_metrics import Calibration
+from evaluation.results import Evaluated, Figures, Result, evaluate_trials
+from evaluation.tables import ABSENT, Table, percent
 from formats import protocols, score_files
 from formats.score_files import AsvScores, Scores
 from runtime.cli import InputError
@@ -29,96 +29,110 @@ class MetricInputs:
     calibrate: str | None = None
 
 
-def find_dev_file(model: Model, given: str, n_models: int) -> Path:
-    """A development file belongs to one model: it lies in the model's folder, or there is one model only."""
-    inside = model.folder / given
+def find_dev_file(folder: Path, given: str, n_models: int) -> Path:
+    """A development file belongs to one model: it lies in the model's folder, or there is one model.
+
+    Raises InputError where it is in none of these places.
+    """
+    inside = folder / given
     if inside.is_file():
         return inside
     if n_models > 1:
         raise InputError(
-            f"{inside}: no such file; development scores belong to one model: with {n_models} models, put such a "
-            "file into each model's folder and give its name, or name one model with --result_folder"
+            f"{inside}: no such file; development scores belong to one model: with {n_models} "
+            "models, put such a file into each model's folder and give its name, or name one model "
+            "with --result_folder"
         )
     return Path(given)
 
 
-def metrics_table(
-    models: Sequence[Model], results: Sequence[Result], inputs: MetricInputs
-) -> Table:
-    """One row a model and subset. Fills `extra` of the results with the figures: fractions, and bits."""
+@dataclass(frozen=True)
+class _Decision:
+    """How one model's scores are to be read, and what its development files say."""
+
+    probabilities: bool
+    fit: Calibration | None
+    threshold: float | None
+
+
+def metrics_table(evaluated: Sequence[Evaluated], inputs: MetricInputs) -> tuple[Table, Figures]:
+    """One row a model and subset. The figures are fractions, and bits."""
     columns = _metric_columns(inputs)
-    rows, notes = (
-        [],
-        [
-            "minDCF, actDCF, Cllr: as ASVspoof 5 defines them (Pspoof 0.05, Cmiss 1, Cfa 10; actDCF decides at -0.642)"
-        ],
-    )
-    for model in models:
-        own = [result for result in results if result.model == model.name and result.point]
-        notes += [f"{model.name}: {note}" for note in _measure(model, own, inputs, len(models))]
-        rows += [
-            [model.name, result.subset, *(cell(result) for cell in columns.values())]
-            for result in own
-        ]
-    return Table("Metrics", ["model", "subset", *columns], rows, notes, n_names=2)
+    rows, figures = [], {}
+    notes = [
+        "minDCF, actDCF, Cllr: as ASVspoof 5 defines them (Pspoof 0.05, Cmiss 1, Cfa 10; "
+        "actDCF decides at -0.642)"
+    ]
+    for of_model in evaluated:
+        found, notes_on_model = _measure(of_model, inputs, len(evaluated))
+        notes += [f"{of_model.name}: {note}" for note in notes_on_model]
+        for result in of_model.with_eer:
+            record = found[result.subset]
+            figures[of_model.name, result.subset] = record
+            cells = [cell(result, record) for cell in columns.values()]
+            rows.append([of_model.name, result.subset, *cells])
+    return Table("Metrics", ["model", "subset", *columns], rows, notes, n_names=2), figures
 
 
 def _measure(
-    model: Model, results: Sequence[Result], inputs: MetricInputs, n_models: int
-) -> list[str]:
-    """Fill `extra` of one model's results; return what a reader must know about the figures."""
+    of_model: Evaluated, inputs: MetricInputs, n_models: int
+) -> tuple[dict[str, dict], list[str]]:
+    """(subset -> figures, what a reader must know about them)."""
+    results = of_model.with_eer
     if not results:
-        return ["no score file with both classes"]
-    dev = {
-        name: _read_dev(find_dev_file(model, given, n_models))
-        for name, given in (("threshold", inputs.threshold_from), ("calibrate", inputs.calibrate))
-        if given
-    }
-    probabilities = eval_metrics.holds_probabilities(
-        [result.trials for result in results] + list(dev.values())
-    )
+        return {}, ["no score file with both classes"]
+    decision = _decide(of_model, inputs, n_models)
+    found = {}
+    for result in results:
+        record = _costs(result, decision)
+        if decision.threshold is not None:
+            record["at_dev_threshold"] = _errors_at(result, decision.threshold)
+        if inputs.asv and result.subset == "19LA":
+            record["min_tdcf_2019_legacy"] = eval_metrics.min_tdcf_2019(result.counts, inputs.asv)
+        found[result.subset] = record
+    return found, _metric_notes(found, inputs, decision)
+
+
+def _decide(of_model: Evaluated, inputs: MetricInputs, n_models: int) -> _Decision:
+    dev = {}
+    for purpose, given in (("threshold", inputs.threshold_from), ("calibrate", inputs.calibrate)):
+        if given:
+            dev[purpose] = _read_dev(find_dev_file(of_model.model.folder, given, n_models))
+    files = [result.trials for result in of_model.with_eer] + list(dev.values())
+    probabilities = eval_metrics.holds_probabilities(files)
     fit = threshold = None
     if "calibrate" in dev:
-        fit = eval_metrics.fit_calibration(
-            eval_metrics.as_llrs(dev["calibrate"].scores, probabilities)[0],
-            dev["calibrate"].is_real,
-        )
+        llrs, _ = eval_metrics.as_llrs(dev["calibrate"].scores, probabilities)
+        fit = eval_metrics.fit_calibration(llrs, dev["calibrate"].is_real)
     if "threshold" in dev:
         _, threshold = eval_metrics.compute_eer(dev["threshold"].real, dev["threshold"].fake)
-    for result in results:
-        result.extra.update(_costs(result, probabilities, fit))
-        if threshold is not None:
-            result.extra["at_dev_threshold"] = _decisions(result, threshold)
-        if inputs.asv and result.subset == "19LA":
-            result.extra["min_tdcf_2019_legacy"] = eval_metrics.compute_min_tdcf_2019(
-                result.real, result.fake, inputs.asv
-            )
-    return _metric_notes(results, inputs, probabilities, threshold, fit)
+    return _Decision(probabilities, fit, threshold)
 
 
 def _read_dev(path: Path) -> Scores:
     trials = score_files.read_scores(path)
-    if trials.is_real.all() or not trials.is_real.any():
+    n_real = int(np.sum(trials.is_real))
+    n_fake = len(trials.names) - n_real
+    if not n_real or not n_fake:
         raise InputError(
             f"{path}: expected development scores of both classes, got "
-            f"{np.sum(trials.is_real)} real and {np.sum(~trials.is_real)} fake trials"
+            f"{n_real} real and {n_fake} fake trials"
         )
     return trials
 
 
-def _costs(
-    result: Result, probabilities: bool, fit: eval_metrics.Calibration | None
-) -> dict[str, object]:
-    real, n_real = eval_metrics.as_llrs(result.real, probabilities)
-    fake, n_fake = eval_metrics.as_llrs(result.fake, probabilities)
+def _costs(result: Result, decision: _Decision) -> dict[str, object]:
+    real, n_real = eval_metrics.as_llrs(result.real, decision.probabilities)
+    fake, n_fake = eval_metrics.as_llrs(result.fake, decision.probabilities)
     costs: dict[str, object] = {
-        "auc": eval_metrics.compute_auc(result.real, result.fake),
-        "min_dcf": eval_metrics.compute_min_dcf(result.real, result.fake),
+        "auc": eval_metrics.auc(result.counts),
+        "min_dcf": eval_metrics.min_dcf(result.counts),
         "act_dcf": eval_metrics.compute_act_dcf(real, fake),
         "cllr": eval_metrics.compute_cllr(real, fake),
-        "scores_are": "probabilities" if probabilities else "log-likelihood ratios",
+        "scores_are": "probabilities" if decision.probabilities else "log-likelihood ratios",
         "n_saturated": n_real + n_fake,
     }
+    fit = decision.fit
     if fit:
         costs["calibrated"] = {
             "act_dcf": eval_metrics.compute_act_dcf(fit(real), fit(fake)),
@@ -129,7 +143,7 @@ def _costs(
     return costs
 
 
-def _decisions(result: Result, threshold: float) -> dict[str, float]:
+def _errors_at(result: Result, threshold: float) -> dict[str, float]:
     rejected, accepted = eval_metrics.errors_at(threshold, result.real, result.fake)
     n_real, n_fake = len(result.real), len(result.fake)
     return {
@@ -140,62 +154,75 @@ def _decisions(result: Result, threshold: float) -> dict[str, float]:
     }
 
 
-def _metric_columns(inputs: MetricInputs) -> dict[str, Callable[[Result], str]]:
-    """Column -> its cell of a result."""
-    columns: dict[str, Callable[[Result], str]] = {
-        "EER (%)": lambda r: percent(r.eer),
-        "AUC (%)": lambda r: percent(100 * r.extra["auc"]),
-        "minDCF": lambda r: f"{r.extra['min_dcf']:.4f}",
-        "actDCF": lambda r: f"{r.extra['act_dcf']:.4f}",
-        "Cllr (bits)": lambda r: f"{r.extra['cllr']:.4f}",
+Cell = Callable[[Result, dict], str]
+
+
+def _metric_columns(inputs: MetricInputs) -> dict[str, Cell]:
+    """Column -> its cell, from a result and the figures found for it."""
+    columns: dict[str, Cell] = {
+        "EER (%)": lambda result, found: percent(result.eer),
+        "AUC (%)": lambda result, found: percent(100 * found["auc"]),
+        "minDCF": lambda result, found: f"{found['min_dcf']:.4f}",
+        "actDCF": lambda result, found: f"{found['act_dcf']:.4f}",
+        "Cllr (bits)": lambda result, found: f"{found['cllr']:.4f}",
     }
     if inputs.calibrate:
-        columns["actDCF cal."] = lambda r: f"{r.extra['calibrated']['act_dcf']:.4f}"
-        columns["Cllr cal."] = lambda r: f"{r.extra['calibrated']['cllr']:.4f}"
+        columns["actDCF cal."] = lambda result, found: f"{found['calibrated']['act_dcf']:.4f}"
+        columns["Cllr cal."] = lambda result, found: f"{found['calibrated']['cllr']:.4f}"
     if inputs.threshold_from:
-        for name, key in (("accuracy (%)", "accuracy"), ("FRR (%)", "frr"), ("FAR (%)", "far")):
-            columns[name] = lambda r, key=key: percent(100 * r.extra["at_dev_threshold"][key])
+        columns["accuracy (%)"] = _at_threshold("accuracy")
+        columns["FRR (%)"] = _at_threshold("frr")
+        columns["FAR (%)"] = _at_threshold("far")
     if inputs.asv:
-        columns["min t-DCF (legacy 2019)"] = (
-            lambda r: f"{r.extra['min_tdcf_2019_legacy']:.5f}" if r.subset == "19LA" else ABSENT
-        )
+        columns["min t-DCF (legacy 2019)"] = _tdcf
     return columns
 
 
-def _metric_notes(
-    results: Sequence[Result],
-    inputs: MetricInputs,
-    probabilities: bool,
-    threshold: float | None,
-    fit: eval_metrics.Calibration | None,
-) -> list[str]:
-    notes = []
-    if probabilities:
-        notes.append(
-            "the scores are taken for probabilities (all lie in [0, 1]): actDCF and Cllr use their log odds"
-        )
-        saturated = [
-            f"{r.subset} {r.extra['n_saturated']}" for r in results if r.extra["n_saturated"]
-        ]
-        if saturated:
-            notes.append(
-                f"WARNING: scores of exactly 0 or 1, rounded by softmax: {', '.join(saturated)}; actDCF and Cllr put them "
-                "at the nearest float32 inside and are approximate; generate_score.py --llr keeps the logit difference"
-            )
-    else:
-        notes.append("the scores are taken for log-likelihood ratios (some lie outside [0, 1])")
+def _at_threshold(key: str) -> Cell:
+    return lambda result, found: percent(100 * found["at_dev_threshold"][key])
+
+
+def _tdcf(result: Result, found: dict) -> str:
+    value = found.get("min_tdcf_2019_legacy")
+    return ABSENT if value is None else f"{value:.5f}"
+
+
+def _metric_notes(found: dict[str, dict], inputs: MetricInputs, decision: _Decision) -> list[str]:
+    notes = _notes_on_scores(found, decision.probabilities)
+    fit = decision.fit
     if fit:
-        notes.append(
-            f"cal.: calibrated by logistic regression on {inputs.calibrate}: LLR = {fit.slope:.4g} x score {fit.offset:+.4g}"
-            + (
-                " (negative slope: the development scores point the wrong way)"
-                if fit.slope < 0
-                else ""
-            )
+        note = (
+            f"cal.: calibrated by logistic regression on {inputs.calibrate}: "
+            f"LLR = {fit.slope:.4g} x score {fit.offset:+.4g}"
         )
-    if threshold is not None:
+        if fit.slope < 0:
+            note += " (negative slope: the development scores point the wrong way)"
+        notes.append(note)
+    if decision.threshold is not None:
         notes.append(
-            f"accuracy, FRR, FAR: real if the score is above {threshold:.6g}, the EER's threshold of {inputs.threshold_from}"
+            f"accuracy, FRR, FAR: real if the score is above {decision.threshold:.6g}, "
+            f"the EER's threshold of {inputs.threshold_from}"
+        )
+    return notes
+
+
+def _notes_on_scores(found: dict[str, dict], probabilities: bool) -> list[str]:
+    if not probabilities:
+        return ["the scores are taken for log-likelihood ratios (some lie outside [0, 1])"]
+    notes = [
+        "the scores are taken for probabilities (all lie in [0, 1]): actDCF and Cllr use their "
+        "log odds"
+    ]
+    saturated = [
+        f"{subset} {record['n_saturated']}"
+        for subset, record in found.items()
+        if record["n_saturated"]
+    ]
+    if saturated:
+        notes.append(
+            f"WARNING: scores of exactly 0 or 1, rounded by softmax: {', '.join(saturated)}; "
+            "actDCF and Cllr put them at the nearest float32 inside and are approximate; "
+            "generate_score.py --llr keeps the logit difference"
         )
     return notes
 
@@ -204,54 +231,44 @@ def _metric_notes(
 
 
 def by_source_table(
-    results: Sequence[Result], sources: dict[str, dict[str, str]], n_resamples: int, seed: int
-) -> Table:
-    """EER of each source's fakes against all real trials. Fills `extra` of the results.
+    evaluated: Sequence[Evaluated],
+    sources: dict[str, dict[str, str]],
+    n_resamples: int,
+    seed: int,
+) -> tuple[Table, Figures]:
+    """EER of each source's fakes against all real trials.
 
     Args:
-        results: those of subsets that `sources` lacks are left out.
-        sources: subset -> trial's name -> its codec or attack, "-" if real or unknown.
+        sources: subset -> trial's name -> its codec or attack, "-" if real or unknown. Results of
+            other subsets are left out.
     """
-    rows = []
-    for result in (result for result in results if result.point and result.subset in sources):
-        own = [sources[result.subset].get(name, "-") for name in result.trials.names]
-        parts = [
-            (source, _with_pooled_real(result.trials, np.array([tag == source for tag in own])))
-            for source in sorted(
-                {tag for tag, is_real in zip(own, result.trials.is_real) if not is_real}
-            )
-        ]
-        found = [
-            (
-                source,
-                evaluate_trials(
-                    result.model, result.subset, result.file, trials, n_resamples, seed
-                ),
-            )
-            for source, trials in parts
-        ]
-        result.extra["by_source"] = [{"source": source, **part.record()} for source, part in found]
-        rows += [
-            [
-                result.model,
-                result.subset,
-                "unknown" if source == "-" else source,
-                str(len(part.real)),
-                str(len(part.fake)),
-                percent(part.eer),
-                _interval(part),
-            ]
-            for source, part in found
-        ]
-    return Table(
-        "EER by source",
-        ["model", "subset", "source", "real", "fake", "EER (%)", "95 % interval"],
-        rows,
-        [
-            "each source's fakes against all real trials of the subset; true EERs, over 50 % if inverted"
-        ],
-        n_names=3,
-    )
+    rows, figures = [], {}
+    for of_model in evaluated:
+        for result in of_model.with_eer:
+            if result.subset not in sources:
+                continue
+            parts = _by_source(result, sources[result.subset], n_resamples, seed)
+            rows += [_source_row(source, part) for source, part in parts.items()]
+            records = [{"source": source, **part.record()} for source, part in parts.items()]
+            figures[of_model.name, result.subset] = {"by_source": records}
+    columns = ["model", "subset", "source", "real", "fake", "EER (%)", "95 % interval"]
+    notes = [
+        "each source's fakes against all real trials of the subset; true EERs, over 50 % if inverted"
+    ]
+    return Table("EER by source", columns, rows, notes, n_names=3), figures
+
+
+def _by_source(
+    result: Result, source_of: dict[str, str], n_resamples: int, seed: int
+) -> dict[str, Result]:
+    tags = np.array([source_of.get(name, "-") for name in result.trials.names])
+    parts = {}
+    for source in sorted(set(tags[~result.trials.is_real].tolist())):
+        trials = _with_pooled_real(result.trials, tags == source)
+        parts[source] = evaluate_trials(
+            result.model, result.subset, result.file, trials, n_resamples, seed
+        )
+    return parts
 
 
 def _with_pooled_real(trials: Scores, of_source: np.ndarray) -> Scores:
@@ -259,106 +276,17 @@ def _with_pooled_real(trials: Scores, of_source: np.ndarray) -> Scores:
     return Scores([trials.names[i] for i in keep], trials.scores[keep], trials.is_real[keep])
 
 
-def _interval(result: Result) -> str:
-    return f"{result.interval.low:.3f} .. {result.interval.high:.3f}" if result.interval else ABSENT
-
-
-# ── Two models ───────────────────────────────────────────────────────────────────────────────────
-
-
-def compare(a: Model, b: Model, n_resamples: int, seed: int) -> tuple[Table, list[dict]]:
-    """Paired bootstrap of EER(A) - EER(B) on every subset that both have: (table, records for JSON)."""
-    shared = [subset for subset in a.files if subset in b.files]
-    records = [
-        record for subset in shared if (record := _difference(a, b, subset, n_resamples, seed))
+def _source_row(source: str, part: Result) -> list[str]:
+    interval = part.interval
+    return [
+        part.model,
+        part.subset,
+        "unknown" if source == "-" else source,
+        str(len(part.real)),
+        str(len(part.fake)),
+        percent(part.eer),
+        f"{interval.low:.3f} .. {interval.high:.3f}" if interval else ABSENT,
     ]
-    if not records:
-        raise InputError(f"--compare: {a.name} and {b.name} have no subset with an EER in common")
-    for record, p_holm in zip(records, bootstrap.holm([record["p"] for record in records])):
-        better = a.name if record["difference"] < 0 else b.name
-        record |= {
-            "p_holm": p_holm,
-            "verdict": f"{better} is better"
-            if p_holm < 1 - bootstrap.COVERAGE
-            else "not separable",
-        }
-    rows = [
-        [
-            r["subset"],
-            percent(r["eer_a"]),
-            percent(r["eer_b"]),
-            signed(r["difference"]),
-            f"{signed(r['interval'][0])} .. {signed(r['interval'][1])}",
-            f"{r['p']:.3f}",
-            f"{r['p_holm']:.3f}",
-            r["verdict"],
-        ]
-        for r in records
-    ]
-    units = sorted({record["resampled_by"] for record in records})
-    notes = [
-        f"A: {a.name}; B: {b.name}; true EERs in percent, difference: A - B",
-        f"paired bootstrap: both models on the same {n_resamples} resamples (by {' or '.join(units)}), seed {seed}; 95 % interval",
-        f"p: two-sided; p (Holm): corrected for looking at {len(records)} subsets, the verdict's basis (below 0.05)",
-    ]
-    columns = [
-        "subset",
-        "EER A",
-        "EER B",
-        "difference",
-        "95 % interval",
-        "p",
-        "p (Holm)",
-        "verdict",
-    ]
-    return Table(f"{a.name} against {b.name}", columns, rows, notes), records
-
-
-def _difference(
-    a: Model, b: Model, subset: str, n_resamples: int, seed: int
-) -> dict[str, object] | None:
-    """The record of one subset; None where it has one class only."""
-    ours, theirs = (score_files.read_scores(model.files[subset]) for model in (a, b))
-    if ours.is_real.all() or not ours.is_real.any():
-        return None
-    theirs = _in_order_of(ours, theirs, a.files[subset], b.files[subset])
-    clusters, unit = bootstrap.find_clusters(ours.names, subset)
-    eers = bootstrap.resample_eers(
-        [ours.scores, theirs.scores], ours.is_real, clusters, n_resamples, seed
-    )
-    differences = 100 * (eers[:, 0] - eers[:, 1])
-    eer_a, eer_b = (
-        100 * eval_metrics.compute_eer(trials.real, trials.fake)[0] for trials in (ours, theirs)
-    )
-    return {
-        "model_a": a.name,
-        "model_b": b.name,
-        "subset": subset,
-        "eer_a": eer_a,
-        "eer_b": eer_b,
-        "difference": eer_a - eer_b,
-        "interval": list(bootstrap.interval(differences)),
-        "p": bootstrap.p_value(differences),
-        "resampled_by": unit,
-    }
-
-
-def _in_order_of(ours: Scores, theirs: Scores, our_file: Path, their_file: Path) -> Scores:
-    """The second model's trials in the order of the first's. Raises InputError unless they are the same trials."""
-    position = {name: i for i, name in enumerate(theirs.names)}
-    if only := set(ours.names) ^ set(theirs.names):
-        raise InputError(
-            f"--compare: {our_file} and {their_file} hold different trials: {len(only)} are in one file only "
-            f"(first: {min(only)[:60]}); score both models on the same trials"
-        )
-    order = np.array([position[name] for name in ours.names])
-    differ = np.flatnonzero(theirs.is_real[order] != ours.is_real)
-    if differ.size:
-        raise InputError(
-            f"--compare: {our_file} and {their_file} disagree on which of {differ.size} trial(s) are real "
-            f"(first: {ours.names[differ[0]][:60]}); check their third column"
-        )
-    return Scores(ours.names, theirs.scores[order], ours.is_real)
 
 
 # ── Score files against the protocol ─────────────────────────────────────────────────────────────
@@ -371,27 +299,21 @@ def protocol_labels(task: str, root: str | Path, subset: str) -> dict[str, tuple
 
     Raises InputError where the corpus or its protocol is absent or malformed.
     """
-    part = protocols.SCORED[task][subset]
-    return {
-        trial.name: (trial.label == protocols.REAL, trial.source)
-        for trial in protocols.read_protocol(task, root, part)
-    }
+    trials = protocols.read_protocol(task, root, protocols.SCORED[task][subset])
+    return {trial.name: (trial.label == protocols.REAL, trial.source) for trial in trials}
 
 
 def find_problems(path: str | Path, labels: dict[str, tuple[bool, str]]) -> list[str]:
     """What is wrong with a score file, one line a kind: how many, and the first names."""
     trials = score_files.read_rows(path)
-    scored = dict(zip(trials.names, trials.is_real))
+    scored = dict(zip(trials.names, trials.is_real, strict=True))
+    known = [name for name in scored if name in labels]
     kinds = {
         "missing (in the protocol, not scored)": [name for name in labels if name not in scored],
         "extra (scored, not in the protocol)": [name for name in scored if name not in labels],
         "duplicated": [name for name, count in Counter(trials.names).items() if count > 1],
         "non-finite": [trials.names[i] for i in np.flatnonzero(~np.isfinite(trials.scores))],
-        "wrong label": [
-            name
-            for name, is_real in scored.items()
-            if name in labels and labels[name][0] != is_real
-        ],
+        "wrong label": [name for name in known if labels[name][0] != scored[name]],
     }
     return [
         f"{path}: {len(names)} {kind}: {_first(names)}" for kind, names in kinds.items() if names
@@ -399,6 +321,5 @@ def find_problems(path: str | Path, labels: dict[str, tuple[bool, str]]) -> list
 
 
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(name[:60] for name in names[:N_NAMED]) + (
-        ", .." if len(names) > N_NAMED else ""
-    )
+    more = ", .." if len(names) > N_NAMED else ""
+    return ", ".join(name[:60] for name in names[:N_NAMED]) + more

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.special import ndtr, ndtri
 
 import eval_metrics
 from eval_metrics import compute_det_curve
@@ -28,8 +28,7 @@ LEAST_IN_BIN = 10  # trials, for a point of a reliability diagram
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"  # told apart by the colour-blind too
 MARKERS = "osD^vP*X<>hp"
 
-probit = np.vectorize(NormalDist().inv_cdf, otypes=[float])
-normal_cdf = np.vectorize(NormalDist().cdf, otypes=[float])
+probit, normal_cdf = ndtri, ndtr
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 import eval_metrics
-from eval_metrics import OperatingPoint
+from eval_metrics import ErrorCounts, OperatingPoint
 from evaluation import bootstrap
 from formats import score_files
 from formats.score_files import Scores
@@ -51,19 +51,30 @@ class Interval:
     seed: int
     rule_of_three: bool  # no error was seen: `high` is 3 / n, not the bootstrap's
 
+    def record(self) -> dict[str, object]:
+        return {
+            "interval": [self.low, self.high],
+            "resampled_by": self.unit,
+            "n_resamples": self.n_resamples,
+            "seed": self.seed,
+            "interval_by": "rule of three" if self.rule_of_three else "bootstrap",
+        }
+
 
 @dataclass(frozen=True)
 class Result:
-    """One model on one subset. Error rates in percent."""
+    """One score file evaluated. Error rates in percent."""
 
     model: str
     subset: str
     file: Path
     trials: Scores
-    point: OperatingPoint | None  # where the EER is; None where there is none
-    interval: Interval | None
-    note: str | None  # why there is no EER
-    extra: dict[str, object] = field(default_factory=dict)  # what further analyses found, for JSON
+    counts: ErrorCounts | None = None  # None, as `point`, where a class is missing
+    point: OperatingPoint | None = None  # where the EER is
+    interval: Interval | None = None
+    note: str | None = None  # why there is no EER
+    changed: bool = False  # edited or damaged since generate_score.py wrote it
+    n_missing: int = 0  # trials that generate_score.py could not score
 
     @property
     def real(self) -> np.ndarray:
@@ -100,21 +111,49 @@ class Result:
             "file": str(self.file),
         }
         if self.point:
-            record |= {
-                "false_rejections": self.point.false_rejections,
-                "false_acceptances": self.point.false_acceptances,
-            }
+            record["false_rejections"] = self.point.false_rejections
+            record["false_acceptances"] = self.point.false_acceptances
         if self.interval:
-            record |= {
-                "interval": [self.interval.low, self.interval.high],
-                "resampled_by": self.interval.unit,
-                "n_resamples": self.interval.n_resamples,
-                "seed": self.interval.seed,
-                "interval_by": "rule of three" if self.interval.rule_of_three else "bootstrap",
-            }
+            record |= self.interval.record()
         if self.note:
             record["note"] = self.note
-        return record | self.extra
+        if self.changed:
+            record["changed"] = True
+        if self.n_missing:
+            record["n_missing"] = self.n_missing
+        return record
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model and the result of each of its score files."""
+
+    model: Model
+    results: dict[str, Result]  # by subset, in the order of SUBSETS
+
+    @property
+    def name(self) -> str:
+        return self.model.name
+
+    @property
+    def with_eer(self) -> list[Result]:
+        """The results of the subsets that hold both classes."""
+        return [result for result in self.results.values() if result.point]
+
+
+Figures = dict[tuple[str, str], dict[str, object]]  # (model, subset) -> what an analysis found
+
+
+def merge_records(evaluated: Sequence[Evaluated], analyses: Sequence[Figures]) -> list[dict]:
+    """One record a result for JSON, with the figures that the analyses add to it."""
+    records = []
+    for of_model in evaluated:
+        for subset, result in of_model.results.items():
+            record = result.record()
+            for figures in analyses:
+                record |= figures.get((of_model.name, subset), {})
+            records.append(record)
+    return records
 
 
 # ── Finding score files ──────────────────────────────────────────────────────────────────────────
@@ -123,29 +162,33 @@ class Result:
 def find_models(folders: Iterable[str | Path], subsets: Sequence[str] = SUBSETS) -> list[Model]:
     """A model for each folder that holds score files, and for each of its sub-folders that does.
 
-    Raises InputError for a folder that is absent or leads to no score file, and where a subset has two
-    files under different names.
+    Raises:
+        InputError: a folder that is absent or leads to no score file; a subset with two files.
     """
     models = []
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise InputError(
-                f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
-                "run `python generate_score.py` first, or name another folder with --result_folder"
-            )
-        places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
-        found = [
-            Model(place.resolve().name, place, files)
-            for place in places
-            if (files := _score_files(place, subsets))
-        ]
-        if not found:
-            raise InputError(
-                f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; expected names "
-                f"such as {subsets[0]}_result.txt; run `python generate_score.py` first, or name another folder with --result_folder"
-            )
-        models += found
+        models += _models_below(folder, subsets)
     return _distinctly_named(models)
+
+
+def _models_below(folder: Path, subsets: Sequence[str]) -> list[Model]:
+    advice = "run `python generate_score.py` first, or name another folder with --result_folder"
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; expected score files such as {folder}/C1_result.txt in it; "
+            f"{advice}"
+        )
+    models = []
+    for place in [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]:
+        files = _score_files(place, subsets)
+        if files:
+            models.append(Model(place.resolve().name, place, files))
+    if not models:
+        raise InputError(
+            f"{folder}: no score file of {', '.join(subsets)} in it or in its sub-folders; "
+            f"expected names such as {subsets[0]}_result.txt; {advice}"
+        )
+    return models
 
 
 def _score_files(folder: Path, subsets: Sequence[str]) -> dict[str, Path]:
@@ -157,7 +200,8 @@ def _score_files(folder: Path, subsets: Sequence[str]) -> dict[str, Path]:
             continue
         if subset in files:
             raise InputError(
-                f"{folder}: both {files[subset].name} and {path.name} are scores of {subset}; keep one of them"
+                f"{folder}: both {files[subset].name} and {path.name} are scores of {subset}; "
+                "keep one of them"
             )
         files[subset] = path
     return {subset: files[subset] for subset in SUBSETS if subset in files}
@@ -168,9 +212,7 @@ def _distinctly_named(models: list[Model]) -> list[Model]:
     unique = list({model.folder.resolve(): model for model in models}.values())
     names = [model.name for model in unique]
     return [
-        model
-        if names.count(model.name) == 1
-        else Model(str(model.folder), model.folder, model.files)
+        model if names.count(model.name) == 1 else replace(model, name=str(model.folder))
         for model in unique
     ]
 
@@ -178,19 +220,19 @@ def _distinctly_named(models: list[Model]) -> list[Model]:
 # ── Evaluating ───────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> list[Result]:
+def evaluate(model: Model, n_resamples: int = bootstrap.N_RESAMPLES, seed: int = 0) -> Evaluated:
     """A result for each of the model's score files. Without resamples there are no intervals."""
-    results, checksums = [], score_files.read_checksums(model.folder)
+    checksums = score_files.read_checksums(model.folder)
+    results = {}
     for subset, path in model.files.items():
-        result = evaluate_trials(
-            model.name, subset, path, score_files.read_scores(path), n_resamples, seed
+        trials = score_files.read_scores(path)
+        result = evaluate_trials(model.name, subset, path, trials, n_resamples, seed)
+        results[subset] = replace(
+            result,
+            changed=not score_files.is_unchanged(path, checksums),
+            n_missing=_count_missing(path, subset),
         )
-        if not score_files.is_unchanged(path, checksums):
-            result.extra["changed"] = True
-        if n_missing := _count_missing(path, subset):
-            result.extra["n_missing"] = n_missing
-        results.append(result)
-    return results
+    return Evaluated(model, results)
 
 
 def _count_missing(path: Path, subset: str) -> int:
@@ -205,10 +247,11 @@ def evaluate_trials(
     """The result of one model on the given trials of one subset."""
     n_real, n_fake = len(trials.real), len(trials.fake)
     if not n_real or not n_fake:
-        return Result(model, subset, file, trials, None, None, _why_no_eer(subset, n_real, n_fake))
-    point = eval_metrics.eer_point(eval_metrics.count_errors(trials.real, trials.fake))
+        return Result(model, subset, file, trials, note=_why_no_eer(subset, n_real, n_fake))
+    counts = eval_metrics.count_errors(trials.real, trials.fake)
+    point = eval_metrics.eer_point(counts)
     interval = estimate_interval(trials, subset, point, n_resamples, seed) if n_resamples else None
-    return Result(model, subset, file, trials, point, interval, None)
+    return Result(model, subset, file, trials, counts, point, interval)
 
 
 def estimate_interval(
@@ -217,36 +260,33 @@ def estimate_interval(
     """Bootstrap interval of the EER; where nothing went wrong, up to the rule of three's bound."""
     clusters, unit = bootstrap.find_clusters(trials.names, subset)
     if not point.false_rejections and not point.false_acceptances:
-        fewest = min(np.sum(trials.is_real), np.sum(~trials.is_real))
-        return Interval(
-            0.0,
-            100 * eval_metrics.rule_of_three(int(fewest)),
-            unit,
-            n_resamples,
-            seed,
-            rule_of_three=True,
-        )
-    eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)[
-        :, 0
-    ]
-    low, high = bootstrap.interval(eers)
+        fewest = int(min(np.sum(trials.is_real), np.sum(~trials.is_real)))
+        high = 100 * eval_metrics.rule_of_three(fewest)
+        return Interval(0.0, high, unit, n_resamples, seed, rule_of_three=True)
+    eers = bootstrap.resample_eers([trials.scores], trials.is_real, clusters, n_resamples, seed)
+    low, high = bootstrap.interval(eers[:, 0])
     return Interval(100 * low, 100 * high, unit, n_resamples, seed, rule_of_three=False)
 
 
 def _why_no_eer(subset: str, n_real: int, n_fake: int) -> str:
     if not n_real and not n_fake:
         return "the score file is empty"
-    why = f"only {'fake' if n_fake else 'real'} trials ({n_fake or n_real}), and an EER needs both classes"
+    present = f"only fake trials ({n_fake})" if n_fake else f"only real trials ({n_real})"
+    why = f"{present}, and an EER needs both classes"
     if subset == "A3" and n_fake:
         why += "; A3's real files are not distributed (copyright)"
     return why
 
 
-def average(results: Sequence[Result], name: str) -> float | None:
-    """CAVG or AVG of one model's results as the paper takes it: the mean of its figures, inverted ones too."""
-    figures = {result.subset: result.eer_paper for result in results}
-    parts = [figures.get(subset) for subset in AVERAGED[name]]
-    return None if None in parts else float(np.mean(parts))
+def average(of_model: Evaluated, name: str) -> float | None:
+    """CAVG or AVG as the paper takes it: the mean of its figures, 100 - EER where inverted."""
+    figures = []
+    for subset in AVERAGED[name]:
+        result = of_model.results.get(subset)
+        if result is None or result.eer_paper is None:
+            return None
+        figures.append(result.eer_paper)
+    return float(np.mean(figures))
 
 
 def sha256(path: Path) -> str:
