@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from formats.score_files import AsvScores, Scores
+from formats.score_files import AsvScores
 from runtime.cli import InputError
 
 # ── Error rates ──────────────────────────────────────────────────────────────────────────────────
@@ -136,6 +136,70 @@ def errors_at(
     return int(np.sum(target <= threshold)), int(np.sum(nontarget > threshold))
 
 
+class Decisions(NamedTuple):
+    """Rates when deciding at one threshold; fractions. Positive, what is detected, is fake.
+
+    A rate whose denominator is 0 is 0: nothing called fake has precision 0.
+    """
+
+    accuracy: float
+    frr: float  # of the real trials, how many were called fake
+    far: float  # of the fake trials, how many were called real
+    precision: float  # of those called fake, how many are
+    recall: float  # of the fake trials, how many were called fake: 1 - FAR
+    f1: float
+
+
+def decide_at(threshold: float, target_scores: ArrayLike, nontarget_scores: ArrayLike) -> Decisions:
+    """What calling real whatever scores above the threshold gives.
+
+    Raises:
+        InputError: as compute_eer().
+    """
+    n_real, n_fake = np.size(target_scores), np.size(nontarget_scores)
+    rejected, accepted = errors_at(threshold, target_scores, nontarget_scores)
+    caught = n_fake - accepted
+    called_fake = caught + rejected
+    precision = caught / called_fake if called_fake else 0.0
+    recall = caught / n_fake
+    return Decisions(
+        accuracy=1 - (rejected + accepted) / (n_real + n_fake),
+        frr=rejected / n_real,
+        far=accepted / n_fake,
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall) if caught else 0.0,
+    )
+
+
+def arena_eer(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> float:
+    """EER by the rule of the Speech Anti-Spoofing Arena, a fraction.
+
+    Its curve has a point for every distinct score, where a trial is accepted at score >= threshold,
+    and one above all scores. The EER lies where FRR - FAR first changes sign, by linear
+    interpolation between the two points; a difference within 1e-6 counts as none.
+
+    Raises:
+        InputError: as compute_eer().
+    """
+    target, nontarget = _both_classes(target_scores, nontarget_scores)
+    thresholds = np.unique(np.concatenate([target, nontarget]))
+    rejected = np.searchsorted(np.sort(target), thresholds, side="left")
+    below = np.searchsorted(np.sort(nontarget), thresholds, side="left")
+    frr = np.append(rejected / target.size, 1.0)
+    far = np.append(1 - below / nontarget.size, 0.0)
+    difference = frr - far  # from -1 up to 1
+    after = int(np.argmax(difference >= -ARENA_TOLERANCE))
+    if abs(difference[after]) <= ARENA_TOLERANCE:
+        return float((frr[after] + far[after]) / 2)
+    before = after - 1
+    part = -difference[before] / (difference[after] - difference[before])
+    return float(frr[before] + part * (frr[after] - frr[before]))
+
+
+ARENA_TOLERANCE = 1e-6
+
+
 def rule_of_three(n_trials: int) -> float:
     """Upper end of the one-sided 95 % interval of an error rate when n trials gave no error.
 
@@ -213,6 +277,13 @@ class LogOdds(NamedTuple):
     n_saturated: int  # probabilities of exactly 0 or 1, moved to the nearest float32 inside
 
 
+def as_llrs(scores: ArrayLike, probabilities: bool) -> LogOdds:
+    """Log odds of probabilities; other scores as they are, none of them saturated."""
+    if probabilities:
+        return to_log_odds(scores)
+    return LogOdds(np.asarray(scores, dtype=np.float64), 0)
+
+
 def are_probabilities(scores: np.ndarray) -> bool:
     """Whether scores can be probabilities: there are some, and all lie in [0, 1]."""
     return bool(scores.size) and bool(np.all((scores >= 0) & (scores <= 1)))
@@ -280,6 +351,12 @@ class Calibration(NamedTuple):
         return self.slope * llrs + self.offset
 
 
+def are_separated(target_scores: ArrayLike, nontarget_scores: ArrayLike) -> bool:
+    """Whether a threshold separates the classes: then no finite slope fits best."""
+    target, nontarget = _both_classes(target_scores, nontarget_scores)
+    return bool(target.min() > nontarget.max() or target.max() < nontarget.min())
+
+
 def fit_calibration(dev_llrs: np.ndarray, is_real: np.ndarray) -> Calibration:
     """Logistic regression (scikit-learn) with equal class weights: its log odds are then LLRs.
 
@@ -291,18 +368,18 @@ def fit_calibration(dev_llrs: np.ndarray, is_real: np.ndarray) -> Calibration:
 
     centre, scale = np.mean(dev_llrs), np.std(dev_llrs) or 1.0
     # C: nearly unregularised, yet finite where the two classes can be separated.
-    model = LogisticRegression(C=1e6, class_weight="balanced", max_iter=1000)
+    model = LogisticRegression(C=1e6, class_weight="balanced", max_iter=10_000, tol=1e-10)
     model.fit(((dev_llrs - centre) / scale)[:, None], is_real)
     slope = model.coef_[0, 0] / scale
     return Calibration(float(slope), float(model.intercept_[0] - slope * centre))
 
 
 class Reliability(NamedTuple):
-    """Predicted against observed frequency of real trials, (bins that hold trials,) each."""
+    """Predicted against observed frequency of real trials, (bins,) each; NaN in empty bins."""
 
-    predicted: np.ndarray  # mean probability of being real
-    observed: np.ndarray  # proportion of real trials, both classes weighted equally
-    count: np.ndarray
+    predicted: np.ndarray  # mean probability of being real, both classes weighted equally
+    observed: np.ndarray  # proportion of real trials, likewise
+    count: np.ndarray  # trials
 
 
 def reliability(real_llrs: np.ndarray, fake_llrs: np.ndarray, n_bins: int = 10) -> Reliability:
@@ -316,17 +393,7 @@ def reliability(real_llrs: np.ndarray, fake_llrs: np.ndarray, n_bins: int = 10) 
     probabilities = 1 / (1 + np.exp(-np.clip(llrs, -700, 700)))
     bins = np.minimum((probabilities * n_bins).astype(int), n_bins - 1)
     weight = np.bincount(bins, weights, n_bins)
-    filled = weight > 0
-    predicted = np.bincount(bins, weights * probabilities, n_bins)[filled] / weight[filled]
-    observed = np.bincount(bins, weights * is_real, n_bins)[filled] / weight[filled]
-    return Reliability(predicted, observed, np.bincount(bins, minlength=n_bins)[filled])
-
-
-def holds_probabilities(files: list[Scores]) -> bool:
-    """Whether a model's score files hold probabilities: none of their scores is outside [0, 1]."""
-    return all(are_probabilities(trials.scores) for trials in files if len(trials.scores))
-
-
-def as_llrs(scores: np.ndarray, probabilities: bool) -> tuple[np.ndarray, int]:
-    """(log odds, number of saturated probabilities); other scores are returned unchanged."""
-    return tuple(to_log_odds(scores)) if probabilities else (scores, 0)
+    with np.errstate(invalid="ignore"):  # 0 / 0 in empty bins
+        predicted = np.bincount(bins, weights * probabilities, n_bins) / weight
+        observed = np.bincount(bins, weights * is_real, n_bins) / weight
+    return Reliability(predicted, observed, np.bincount(bins, minlength=n_bins))

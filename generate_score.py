@@ -471,6 +471,7 @@ def write_subset(
     )
     if score_files.made_of(folder).get(path.name, scores) != scores:
         path.unlink(missing_ok=True)  # no kill may leave it under the name of these weights
+    score_files.write_trials(path, [subset.trials[row] for row in kept])
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
     about = {
         "head": head.name,
