@@ -316,8 +316,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compare:
         compare(args)
         return
+    check_extension(args)
     models = choose_models(args)
-    check_outputs(args, models)
+    check_plot(args, models)
     settings = make_settings(args, models)
     check_against_lists(args, models, settings)
     evaluated = [evaluate_with(settings, model) for model in models]
@@ -367,13 +368,15 @@ def pick_model(args: argparse.Namespace, name: str) -> Model:
     return models[0]
 
 
-def check_outputs(args: argparse.Namespace, models: Sequence[Model]) -> None:
-    """Refuse a figure that cannot be drawn before anything takes time."""
-    if not args.plot:
-        return
-    from evaluation import plots
+def check_extension(args: argparse.Namespace) -> None:
+    if args.plot:
+        from evaluation import plots
 
-    plots.check_extension(args.plot)
+        plots.check_extension(args.plot)
+
+
+def check_plot(args: argparse.Namespace, models: Sequence[Model]) -> None:
+    """Refuse a figure that cannot be drawn before anything takes time."""
     if args.plot_kind == "histogram" and len(models) > 1:
         raise InputError(
             "--plot_kind histogram draws one model; name its folder with --result_folder"

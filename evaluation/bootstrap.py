@@ -118,7 +118,9 @@ def percentile_interval(values: np.ndarray) -> tuple[float, float]:
 # ── Intervals ────────────────────────────────────────────────────────────────────────────────────
 
 NO_SPREAD = 1e-9  # a standard error that is rounding only
-MOST_JACKKNIFED = 1000  # levels: with more, resampling alone is as good
+MOST_JACKKNIFED = 1000  # levels; with more, or with few trials a level, resampling is as good
+LEAST_A_LEVEL = 10  # trials, on average
+FEW_LEVELS = 50  # with more, the sum of their influences is normal enough
 
 
 class Spread(NamedTuple):
@@ -155,7 +157,8 @@ def estimate_spread(
     Few clusters, clusters of very different sizes and single extreme ones make both estimates too
     small on average. Hence the bootstrap's variance is multiplied by G / (G - 1), where G is Kish's
     effective number of levels of the smallest factor, and the degrees of freedom are
-    Satterthwaite's, with the kurtosis of the levels' influence: Var(V) / V^2 = 2 / (G - 1) + k / L.
+    Satterthwaite's. Of fewer than FEW_LEVELS levels, some have most of the influence, and its
+    excess kurtosis k makes the variance V less sure: Var(V) / V^2 = 2 / (G - 1) + k / L.
     """
     eers = resample_eers([sample.scores], sample.is_real, factors, n_resamples, seed)[:, 0]
     eers = eers[~np.isnan(eers)]
@@ -194,7 +197,8 @@ class _Jackknife(NamedTuple):
 def _jackknife(eer: float, sample: Sample, factor: Factor) -> _Jackknife:
     """Each level left out once (delete-one-cluster jackknife, CV3 of MacKinnon et al., 2023)."""
     n = factor.n_levels
-    if not 4 <= n <= MOST_JACKKNIFED:
+    n_trials = int(np.sum(factor.codes != NO_LEVEL))
+    if not 4 <= n <= min(MOST_JACKKNIFED, n_trials / LEAST_A_LEVEL):
         return _Jackknife(0.0, 0.0)
     ranking = _rank(sample._replace(codes=[factor.codes]))
     weights = np.ones((n, n + 1), dtype=np.int32)
@@ -203,7 +207,8 @@ def _jackknife(eer: float, sample: Sample, factor: Factor) -> _Jackknife:
     blocks = [weights[start : start + rows] for start in range(0, n, rows)]
     eers = np.concatenate([_eers(_cumulate([block], ranking), ranking) for block in blocks])
     influence = (_log_odds(np.array([eer]), sample) - _log_odds(eers, sample))[~np.isnan(eers)]
-    return _Jackknife(float((n - 1) / n * np.sum(influence**2)), _kurtosis(influence))
+    kurtosis = _kurtosis(influence) if n < FEW_LEVELS else 0.0
+    return _Jackknife(float((n - 1) / n * np.sum(influence**2)), kurtosis)
 
 
 def _kurtosis(values: np.ndarray) -> float:

@@ -63,7 +63,7 @@ def compare(models: Sequence[Model], settings: Settings, given: bool) -> tuple[T
         why = "; ".join(notes) or "no score file of a subset in common"
         raise InputError(f"--compare: {names} cannot be compared on any subset: {why}")
     n_resamples = _enough(len(tasks), settings.n_resamples, given)
-    records = [_difference(*task, n_resamples, settings) for task in tasks]
+    records = [difference(*task, n_resamples, settings) for task in tasks]
     corrected = bootstrap.holm([record["p"] for record in records])
     for record, p_holm in zip(records, corrected, strict=True):
         record["p_holm"] = p_holm
@@ -125,7 +125,7 @@ def _in_order_of(ours: Scores, theirs: Scores) -> Scores:
     )
 
 
-def _difference(
+def difference(
     a: Model,
     b: Model,
     subset: str,
@@ -143,9 +143,9 @@ def _difference(
     eers = bootstrap.resample_eers(
         [ours.scores, theirs.scores], ours.is_real, units.factors, n_resamples, settings.seed
     )
-    difference = points[0].eer - points[1].eer
+    observed = points[0].eer - points[1].eer
     widening = bootstrap.widening(units.factors, ours.is_real)
-    differences = difference + widening * (eers[:, 0] - eers[:, 1] - difference)
+    differences = observed + widening * (eers[:, 0] - eers[:, 1] - observed)
     low, high = bootstrap.percentile_interval(differences)
     least = bootstrap.sign_test_bound(_n_disagreeing(ours, theirs, points, units))
     return {
@@ -154,7 +154,7 @@ def _difference(
         "subset": subset,
         "eer_a_percent": 100 * points[0].eer,
         "eer_b_percent": 100 * points[1].eer,
-        "difference_percent": 100 * difference,
+        "difference_percent": 100 * observed,
         "interval_low_percent": 100 * low,
         "interval_high_percent": 100 * high,
         "p": max(bootstrap.p_value(differences), least),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -55,6 +56,10 @@ def run_json(capsys, *argv) -> list[dict]:
     return json.loads(
         capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
     )
+
+
+def ends(record: dict) -> list[float]:
+    return [record["interval_low_percent"], record["interval_high_percent"]]
 
 
 def run_text(capsys, *argv) -> str:
@@ -181,7 +186,10 @@ def test_json_holds_the_true_and_the_papers_figure_at_full_precision(tmp_path, c
     )
     (record,) = run_json(capsys, "--result_folder", tmp_path)
     eer, threshold = compute_eer([1, 2, 3], [0, 2.5, 4, 5])
-    assert record["eer"] == 100 * eer > 50 and record["eer_paper"] == 100 - record["eer"]
+    assert (
+        record["eer_percent"] == 100 * eer > 50
+        and record["eer_paper_percent"] == 100 - record["eer_percent"]
+    )
     assert (record["inverted"], record["threshold"]) == (True, threshold)
     assert (record["model"], record["subset"], record["n_real"], record["n_fake"]) == (
         tmp_path.name,
@@ -193,7 +201,9 @@ def test_json_holds_the_true_and_the_papers_figure_at_full_precision(tmp_path, c
 
 def test_averages_are_means_and_need_all_their_parts(tmp_path, capsys):
     write_model(tmp_path / "m", eer=0.2)
-    figures = {r["subset"]: r["eer_paper"] for r in run_json(capsys, "--result_folder", tmp_path)}
+    figures = {
+        r["subset"]: r["eer_paper_percent"] for r in run_json(capsys, "--result_folder", tmp_path)
+    }
     row = next(
         csv.DictReader(
             io.StringIO(run_text(capsys, "--result_folder", tmp_path, "--format", "csv"))
@@ -228,8 +238,8 @@ def test_inverted_detectors_are_marked_and_explained(tmp_path, capsys):
     write_subset(tmp_path / "m", "C2_result.txt", eer=0.7, n=200)
     record = next(r for r in run_json(capsys, "--result_folder", tmp_path) if r["subset"] == "C2")
     text = run_text(capsys, "--result_folder", tmp_path, "--no_ci")
-    assert f" {record['eer_paper']:.3f}*" in text
-    assert f"* m, C2: the EER is {record['eer']:.3f} %" in text
+    assert f" {record['eer_paper_percent']:.3f}*" in text
+    assert f"* m, C2: the EER is {record['eer_percent']:.3f} %" in text
     assert "inverted detectors count as 100 - EER" in text
 
 
@@ -240,8 +250,8 @@ def test_subsets_without_an_eer_leave_a_dash_and_a_reason(tmp_path, capsys):
     records = {r["subset"]: r for r in run_json(capsys, "--result_folder", tmp_path)}
     for subset in ("C2", "A3"):
         assert (
-            records[subset]["eer"]
-            is records[subset]["eer_paper"]
+            records[subset]["eer_percent"]
+            is records[subset]["eer_paper_percent"]
             is records[subset]["threshold"]
             is None
         )
@@ -350,9 +360,9 @@ def test_published_scores_give_the_papers_figures(capsys, model, table, row):
     compared = [r for r in records if r["subset"] in expected]
     assert len(compared) >= 8
     for record in compared:
-        assert record["eer_paper"] == pytest.approx(expected[record["subset"]], abs=0.001), record[
-            "subset"
-        ]
+        assert record["eer_paper_percent"] == pytest.approx(
+            expected[record["subset"]], abs=0.001
+        ), record["subset"]
     assert {r["subset"] for r in compared if r["inverted"]} == (
         {"ITW", "C5"} if model == "vocoder_mellcnn" else set()
     )
@@ -365,14 +375,16 @@ def test_every_eer_has_its_interval_and_error_counts(tmp_path, capsys):
     path = write_subset(tmp_path, "C1_result.txt", eer=0.2, n=100)
     write_subset(tmp_path, "ITW_result.txt", eer=0.2, n=100)
     for record in run_json(capsys, "--result_folder", tmp_path):
-        low, high = record["interval"]
-        assert 0 < low < record["eer"] < high < 50
-        assert record["eer"] == 50 * (
+        low, high = ends(record)
+        assert 0 < low < record["eer_percent"] < high < 50
+        assert record["eer_percent"] == 50 * (
             record["false_rejections"] / record["n_real"]
             + record["false_acceptances"] / record["n_fake"]
         )
         assert record["resampled_by"] == (
-            "source utterance" if record["subset"] == "C1" else "trial"
+            "source utterance: speakers unknown, likely too narrow"
+            if record["subset"] == "C1"
+            else "trial: speakers unknown, likely too narrow; give the corpus with -d"
         )
     text = run_text(capsys, "--result_folder", tmp_path)
     assert (
@@ -383,7 +395,9 @@ def test_every_eer_has_its_interval_and_error_counts(tmp_path, capsys):
         != text
         == run_text(capsys, "--result_folder", tmp_path)
     )
-    assert "interval" not in run_json(capsys, "--result_folder", path.parent, "--no_ci")[0]
+    assert (
+        "interval_low_percent" not in run_json(capsys, "--result_folder", path.parent, "--no_ci")[0]
+    )
 
 
 def test_without_an_error_the_bound_is_the_rule_of_three(tmp_path, capsys):
@@ -391,8 +405,8 @@ def test_without_an_error_the_bound_is_the_rule_of_three(tmp_path, capsys):
     write_scores(tmp_path / "ITW_result.txt", names, range(400), ["fake"] * 300 + ["real"] * 100)
     (record,) = run_json(capsys, "--result_folder", tmp_path)
     assert (
-        record["eer"] == 0
-        and record["interval"] == [0, 3.0]
+        record["eer_percent"] == 0
+        and ends(record) == [0, 3.0]
         and record["interval_by"] == "rule of three"
     )
     text = run_text(capsys, "--result_folder", tmp_path)
@@ -405,14 +419,8 @@ def test_compare_tells_real_differences_from_chance(tmp_path, capsys):
         write_subset(tmp_path / "b", f"{subset}_result.txt", eer=worse, n=400, seed=2)
     c1, c2 = run_json(capsys, "--result_folder", tmp_path, "--compare", "a", "b")
     assert (c1["verdict"], c2["verdict"]) == ("a is better", "not separable")
-    assert (
-        c1["interval"][0]
-        < c1["difference"]
-        == c1["eer_a"] - c1["eer_b"]
-        < c1["interval"][1]
-        < 0
-        < c2["interval"][1]
-    )
+    assert ends(c1)[0] < c1["difference_percent"] < ends(c1)[1] < 0 < ends(c2)[1]
+    assert c1["difference_percent"] == pytest.approx(c1["eer_a_percent"] - c1["eer_b_percent"])
     assert c1["p"] < 0.01 and c1["p_holm"] == 2 * c1["p"] and c2["p"] > 0.05
     text = run_text(capsys, "--compare", tmp_path / "a", tmp_path / "b")
     assert "a is better" in text and "paired bootstrap" in text
@@ -425,7 +433,7 @@ def test_compare_pairs_trials_by_name_whatever_their_order(tmp_path, capsys):
         "\n".join(reversed(path.read_text().splitlines()))
     )
     (record,) = run_json(capsys, "--compare", tmp_path / "a", tmp_path / "b")
-    assert record["difference"] == 0 and record["interval"] == [0, 0] and record["p"] == 1
+    assert record["difference_percent"] == 0 and ends(record) == [0, 0] and record["p"] == 1
 
 
 def test_compare_refuses_other_trials_and_other_labels(tmp_path):
@@ -441,7 +449,8 @@ def test_compare_refuses_other_trials_and_other_labels(tmp_path):
     ):
         evaluate_score.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b")])
     with pytest.raises(
-        InputError, match="nowhere: expected a folder of score files, or the name of a model"
+        InputError,
+        match="nowhere: expected a folder of score files, a score file, or the name of a model",
     ):
         evaluate_score.main(["--result_folder", str(tmp_path), "--compare", "a", "nowhere"])
 
@@ -461,7 +470,7 @@ def test_probabilities_become_log_odds_and_saturated_ones_are_counted(tmp_path, 
         "probabilities",
     )
     assert (from_llr["n_saturated"], from_p["n_saturated"]) == (0, 1)
-    for metric in ("auc", "min_dcf", "act_dcf", "cllr"):
+    for metric in ("auc_percent", "min_dcf", "act_dcf", "cllr_bits"):
         assert from_p[metric] == pytest.approx(from_llr[metric], abs=1e-7), metric
     text = run_text(capsys, "--result_folder", tmp_path, "--metrics")
     assert "p: WARNING: scores of exactly 0 or 1, rounded by softmax: C1 1;" in text
@@ -482,7 +491,7 @@ def test_calibration_mends_the_costs_and_leaves_what_only_ranks(tmp_path, capsys
     assert fit["slope"] == pytest.approx(1 / 3, rel=0.1) and fit["offset"] == pytest.approx(
         -7 / 3, rel=0.1
     )
-    assert fit["cllr"] < 0.6 * record["cllr"] and fit["act_dcf"] < 0.7 * record["act_dcf"]
+    assert fit["cllr_bits"] < 0.6 * record["cllr_bits"] and fit["act_dcf"] < 0.7 * record["act_dcf"]
     assert record["min_dcf"] <= fit["act_dcf"] < 1.1 * record["min_dcf"]
 
 
@@ -496,8 +505,18 @@ def test_a_threshold_from_development_scores_gives_accuracy_and_error_rates(tmp_
     (record,) = run_json(
         capsys, "--result_folder", tmp_path, "--threshold_from", tmp_path / "dev.txt"
     )
-    assert record["at_dev_threshold"] == pytest.approx(
-        {"threshold": 1, "accuracy": 3 / 5, "frr": 1 / 3, "far": 1 / 2}
+    # Called fake: one real of three, one fake of two.
+    assert record["decisions"] == pytest.approx(
+        {
+            "threshold": 1,
+            "accuracy_percent": 60,
+            "frr_percent": 100 / 3,
+            "far_percent": 50,
+            "precision_percent": 50,
+            "recall_percent": 50,
+            "f1_percent": 50,
+            "on_itself": False,
+        }
     )
 
 
@@ -575,7 +594,7 @@ def test_the_paper_stands_beside_ours_with_a_verdict(tmp_path, capsys, errors, v
     )
     argv = ("--result_folder", tmp_path, "--paper", "VIII:W2V2-AASIST(SAM)")
     (record,) = run_json(capsys, *argv)
-    assert (record["paper"], record["paper_row"], record["paper_verdict"]) == (
+    assert (record["paper_percent"], record["paper_row"], record["paper_verdict"]) == (
         0.008,
         "VIII:W2V2-AASIST(SAM)",
         verdict,
@@ -695,15 +714,17 @@ def test_by_source_gives_each_codec_its_row_with_pooled_real(codecfake, capsys):
     )
     c1, c7 = run_json(capsys, *argv)
     assert [(part["source"], part["n_real"], part["n_fake"]) for part in c1["by_source"]] == [
-        ("F01", 40, 40)
+        ("F01", 40, 40),
+        ("all", 40, 40),
     ]
     assert [(part["source"], part["n_real"], part["n_fake"]) for part in c7["by_source"]] == [
         ("F06", 40, 20),
         ("F07", 40, 20),
+        ("all", 40, 40),
     ]
-    assert (
-        c1["by_source"][0]["eer"] == c1["eer"] and c1["by_source"][0]["interval"] == c1["interval"]
-    )
+    assert c1["by_source"][0]["eer_percent"] == c1["eer_percent"] and ends(
+        c1["by_source"][0]
+    ) == ends(c1)
     text = run_text(capsys, *argv)
     assert "EER by source" in text and "F06" in text
 
@@ -735,18 +756,34 @@ def test_by_source_works_on_19la_and_its_attacks(tmp_path, capsys):
         "source",
         "--strict",
     )
-    assert [part["source"] for part in record["by_source"]] == ["A07", "A08", "A09"]
+    assert [part["source"] for part in record["by_source"]] == ["A07", "A08", "A09", "all"]
     assert {part["n_real"] for part in record["by_source"]} == {20}
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--strict"], "--strict and --by need the corpus"),
-        (["--by", "source"], "give its folder with -d"),
+        (["--strict"], "--strict needs -d or --labels"),
+        (["-d", "x", "--labels", "y"], "-d and --labels exclude each other"),
+        (["--threshold", "1", "--threshold_from", "x"], "exclude each other"),
+        (["--no_ci", "--resamples", "50"], "exclude each other"),
+        (["--no_ci", "--seed", "1"], "exclude each other"),
+        (["--no_ci", "--cluster_by", "trial"], "exclude each other"),
+        (["--name", "x"], "--name needs --scores"),
+        (["--scores", "a", "b", "--name", "x"], "expected 2 names, one a file"),
+        (["--plot_kind", "eer"], "--plot_kind needs --plot"),
+        (["--width", "8.5"], "--width needs --plot"),
+        (["--subset", "C1"], "--subset needs --plot"),
+        (["--subset", "C1", "--plot", "x.png", "--plot_kind", "eer"], "--subset draws DET curves"),
+        (["--plot", "x.png", "--width", "1"], "expected 5 to 60 centimetres, got '1'"),
+        (["--columns", "colour=red"], "expected KIND=NAME with KIND one of name, score"),
+        (["--compare", "a"], "needs two models at least"),
+        (["--compare", "a", "b", "--metrics"], "--metrics has to be asked for without it"),
+        (["--compare", "a", "b", "--no_ci"], "--no_ci has to be asked for without it"),
+        (["--compare", "a", "b", "--export_arena", "x"], "--export_arena has to be asked for"),
         (["--compare", "a", "b", "--plot", "x.png"], "--compare prints its table only"),
         (["--format", "csv", "--metrics", "--paper"], "csv prints one table"),
-        (["--resamples", "0"], "expected a whole number of at least 1, got '0'"),
+        (["--resamples", "0"], "expected a whole number of at least 2, got '0'"),
         (["-t", "co-train"], "invalid choice"),
     ],
 )
@@ -759,15 +796,106 @@ def test_options_that_contradict_each_other_are_refused_by_the_parser(argv, mess
 # ── Files to write ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_asvspoof5_export_has_its_header_tabs_and_full_precision(tmp_path, capsys):
-    path = write_subset(tmp_path / "m", "C1_result.txt")
-    run_text(
-        capsys, "--result_folder", tmp_path / "m", "--no_ci", "--export_asvspoof5", tmp_path / "out"
+def official_act_dcf(real, fake):
+    """ASVspoof 5's evaluation plan, section 5: cost at the Bayes threshold of LLRs, normalised."""
+    p_spoof, c_miss, c_fa = 0.05, 1, 10
+    threshold = -math.log(c_miss * (1 - p_spoof) / (c_fa * p_spoof))
+    miss = sum(s < threshold for s in real) / len(real)
+    fa = sum(s >= threshold for s in fake) / len(fake)
+    return (c_miss * (1 - p_spoof) * miss + c_fa * p_spoof * fa) / min(
+        c_miss * (1 - p_spoof), c_fa * p_spoof
     )
+
+
+@pytest.mark.parametrize("llr", [False, True])
+def test_the_asvspoof5_export_holds_llrs_that_give_our_act_dcf(tmp_path, capsys, llr):
+    path = write_subset(tmp_path / "m", "C1_result.txt", n=200)
+    if llr:
+        rows = [line.split() for line in path.read_text().splitlines()]
+        llrs = [8 * float(score) - 4 for _, score, _ in rows]
+        write_scores(path, [row[0] for row in rows], llrs, [row[2] for row in rows])
+    argv = ["--result_folder", tmp_path / "m", "--no_ci", "--metrics"]
+    evaluate_score.main([*map(str, argv), "--export_asvspoof5", str(tmp_path / "out")])
+    said = "as they are" if llr else "log odds of the score file's probabilities"
+    assert said in capsys.readouterr().err
+    (record,) = run_json(capsys, *argv)
     lines = (tmp_path / "out" / "m_C1.tsv").read_text().splitlines()
     assert lines[0] == "filename\tcm-score"
-    assert [line.split("\t") for line in lines[1:]] == [
-        line.split()[:2] for line in path.read_text().splitlines()
+    scores = {name: float(score) for name, score in (line.split("\t") for line in lines[1:])}
+    real = [score for name, score in scores.items() if not name.startswith("F")]
+    fake = [score for name, score in scores.items() if name.startswith("F")]
+    assert 0 < record["act_dcf"] < 1
+    assert official_act_dcf(real, fake) == pytest.approx(record["act_dcf"], abs=1e-12)
+
+
+def arena_rule(real, fake):
+    """Rates at score >= threshold, linear interpolation where FRR - FAR first changes sign."""
+    thresholds = [*sorted({*real, *fake}), math.inf]
+    points = [
+        (sum(s < t for s in real) / len(real), sum(s >= t for s in fake) / len(fake))
+        for t in thresholds
+    ]
+    for before, after in zip([None, *points], points, strict=False):
+        gap = after[0] - after[1]
+        if abs(gap) <= 1e-6:
+            return (after[0] + after[1]) / 2
+        if gap > 0:
+            part = (before[1] - before[0]) / ((before[1] - before[0]) + gap)
+            return before[0] + part * (after[0] - before[0])
+    raise AssertionError
+
+
+def test_the_arena_export_has_its_rule_and_no_ties_from_rounding(tmp_path, capsys):
+    names = list("abcdefgh")
+    # Two saturating probabilities that differ by less than 1e-6, as the Arena prints scores.
+    scores = [0.9999999, 0.9999998, 0.3, 0.8, 0.99999985, 0.2, 0.1, 0.05]
+    write_scores(_made(tmp_path / "m", "C1"), names, scores, ["real"] * 4 + ["fake"] * 4)
+    out = tmp_path / "out"
+    run_text(capsys, "--result_folder", tmp_path / "m", "--no_ci", "--export_arena", out)
+    rows = [line.split() for line in (out / "scores.txt").read_text().splitlines()]
+    written = {name: float(score) for name, score in rows}
+    assert list(written) == names and len(set(map("{:.6f}".format, written.values()))) == 8
+    text = (out / "result.yaml").read_text()
+    fields = dict(line.strip().split(": ", 1) for line in text.splitlines() if ": " in line)
+    expected = 100 * arena_rule([written[n] for n in "abcd"], [written[n] for n in "efgh"])
+    assert float(fields["eer_percent"]) == pytest.approx(expected, abs=1e-9)
+    assert (fields["n_trials"], fields["n_skipped"]) == ("8", "0")
+    digest = hashlib.sha256((out / "scores.txt").read_bytes()).hexdigest()
+    assert fields["scores_sha256"] == digest
+
+
+def _made(folder: Path, subset: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{subset}_result.txt"
+
+
+@pytest.mark.parametrize("kind", ["asvspoof5", "arena"])
+def test_our_exports_read_back_with_labels(tmp_path, capsys, kind):
+    path = write_subset(tmp_path / "m", "C1_result.txt", eer=0.2)
+    (before,) = run_json(capsys, "--result_folder", tmp_path / "m", "--no_ci")
+    out = tmp_path / "out"
+    run_text(capsys, "--result_folder", tmp_path / "m", "--no_ci", f"--export_{kind}", out)
+    labels = tmp_path / "labels.csv"
+    rows = [line.split() for line in path.read_text().splitlines()]
+    labels.write_text("utt,label\n" + "".join(f"{row[0]},{row[2]}\n" for row in rows))
+    file = out / ("m_C1.tsv" if kind == "asvspoof5" else "scores.txt")
+    (after,) = run_json(capsys, "--scores", file, "--labels", labels, "--no_ci")
+    assert after["eer_percent"] == before["eer_percent"]
+    assert (after["n_real"], after["n_fake"]) == (40, 40)
+
+
+def test_det_points_hold_every_threshold_with_both_rates(tmp_path, capsys):
+    write_scores(_made(tmp_path, "C1"), list("abcd"), [1, 3, 0, 2], ["real"] * 2 + ["fake"] * 2)
+    out = tmp_path / "det.csv"
+    run_text(capsys, "--result_folder", tmp_path, "--no_ci", "--det_points", out)
+    rows = list(csv.DictReader(out.open()))
+    points = [(r["threshold"], float(r["frr_percent"]), float(r["far_percent"])) for r in rows]
+    assert points == [
+        ("-inf", 0, 100),
+        ("0.0", 0, 50),
+        ("1.0", 50, 50),
+        ("2.0", 50, 0),
+        ("3.0", 100, 0),
     ]
 
 

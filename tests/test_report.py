@@ -143,4 +143,4 @@ def test_the_page_fits_its_window_in_a_real_browser(page, tmp_path, width):
     assert title, done.stderr[-500:]
     scroll_width, images, n_tables, n_visible = title[1].strip("[]").split(",")
     assert int(scroll_width) <= width, f"the page scrolls sideways: {scroll_width} > {width}"
-    assert images == "true" and int(n_tables) == int(n_visible) == 4
+    assert images == "true" and int(n_tables) == int(n_visible) == 5
