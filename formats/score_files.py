@@ -158,12 +158,14 @@ def check_names(path: str | Path, names: Sequence[str]) -> None:
 
 
 def is_plain(path: str | Path) -> bool:
-    """Whether the first row of a file is `name score word`, with any word; empty files are."""
+    """Whether the first row of a file is `name score word`, with any word; an empty file is."""
     first = next(numbered_lines(path), None)
     if first is None:
         return True
     fields = first[1].split()
-    return len(fields) == 3 and not _is_number(fields[2].encode())
+    if len(fields) != 3:
+        return False
+    return _is_number(fields[1].encode()) and not _is_number(fields[2].encode())
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
