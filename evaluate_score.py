@@ -281,7 +281,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             )
         if len(args.compare) < 2:
             parser.error("--compare needs two models at least")
-    check_plot_options(parser, args)
+    if args.subset and args.plot_kind not in (None, "det"):
+        parser.error("--subset draws DET curves: --plot_kind det")
     if args.name and len(args.name) != len(args.scores):
         parser.error(f"--name: expected {len(args.scores)} names, one a file of --scores")
     wants_decisions = args.threshold is not None or args.threshold_from
@@ -297,11 +298,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         )
     args.seed = args.seed or 0
     return args
-
-
-def check_plot_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.subset and args.plot_kind not in (None, "det"):
-        parser.error("--subset draws DET curves: --plot_kind det")
 
 
 def _flag(option: str) -> str:
@@ -479,10 +475,7 @@ def make_tables(
     if args.metrics:
         further.append(analyses.metrics_table(evaluated, inputs))
     if args.decisions:
-        decisions = analyses.decisions_table(evaluated, inputs)
-        # The CSV of --metrics alone is that of the costs.
-        asked = args.threshold is not None or args.threshold_from
-        further.insert(len(further) if asked else 0, decisions)
+        further.append(analyses.decisions_table(evaluated, inputs))
     if args.by:
         further.append(analyses.by_source_table(evaluated, settings, args.metrics))
     if args.paper is not None:

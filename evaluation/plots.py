@@ -25,7 +25,9 @@ from runtime.cli import InputError, printable
 from runtime.files import atomic_write
 
 EXTENSIONS = (".png", ".pdf", ".svg")
-TICKS = (0.0001, 0.001, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99, 0.999)
+# Rates that get a tick, the more welcome ones first; those that would touch another have none.
+TICKS = (0.01, 0.1, 0.001, 0.4, 0.0001, 0.05, 0.2, 0.8, 0.6, 0.9, 0.95, 0.99, 0.02, 0.005, 0.999)
+TICK_DISTANCE = 0.25  # inches
 # Okabe and Ito's colours, told apart by the colour-blind; yellow is too pale for a line.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 LINES = ("-", "--", "-.", ":")
@@ -124,21 +126,54 @@ def det_plot(
         panels = {m.name: [r for r in results if r.model == m.name] for m in evaluated}
     else:
         panels = {subset: results}
-    most_rows = max([1, *map(len, panels.values())])
-    legend_height = 0.17 * most_rows + 0.6  # inches
-    figure, all_axes = _panels(len(panels), style, aspect=1.0, extra_height=legend_height)
+    figure, all_axes, side = _det_panels(panels, style, bool(bands))
     limits = _det_limits(results)
     for axes, (title, of_panel) in zip(all_axes, panels.items(), strict=True):
-        _det_axes(axes, limits)
+        _det_axes(axes, limits, side)
         axes.set_title(printable(title), fontsize=9)
-        handles = []
+        entries = []
         for result in of_panel:
             look = style.subsets[result.subset] if subset is None else style.models[result.model]
             band = (bands or {}).get((result.model, result.subset))
             label = result.subset if subset is None else result.model
-            handles.append(_draw_det(axes, result, look, limits, band, label))
-        _det_legend(axes, handles, of_panel, bands)
+            _draw_det(axes, result, look, limits, band)
+            entries.append(_legend_line(look, f"{printable(label)}: {result.eer:.3f} %"))
+        _det_legend(axes, entries, of_panel, bands, side)
     return figure
+
+
+LEFT, RIGHT, TOP, BOTTOM = 0.6, 0.15, 0.3, 0.5  # inches around the square of a DET panel
+LEGEND_ROW = 0.165
+
+
+def _det_panels(
+    panels: dict[str, list[Result]], style: Style, with_bands: bool
+) -> tuple[Figure, list[Axes], float]:
+    """(figure, a square for each panel with room for its legend below, the squares' side)."""
+    columns = _n_columns(len(panels), style)
+    rows = -(-len(panels) // columns)
+    width = style.width or columns * PANEL_CM / CM_PER_INCH
+    side = width / columns - LEFT - RIGHT
+    entries = max(map(len, panels.values()), default=0) + 1 + with_bands
+    legend = LEGEND_ROW * (-(-entries // _legend_columns(panels, side)) + 1)
+    height = rows * (TOP + side + BOTTOM + legend)
+    figure = Figure(figsize=(width, height))
+    all_axes = []
+    for i in range(len(panels)):
+        row, column = divmod(i, columns)
+        left = column * width / columns + LEFT
+        bottom = height - row * (height / rows) - TOP - side
+        place = (left / width, bottom / height, side / width, side / height)
+        all_axes.append(figure.add_axes(place))
+    return figure, all_axes, side
+
+
+def _legend_columns(panels: dict[str, list[Result]], side: float) -> int:
+    """Two where the longest name leaves room; a letter of 7 points is some 0.055 inches wide."""
+    names = [max(len(r.model), len(r.subset)) for results in panels.values() for r in results]
+    one_panel = len(panels) == 1 and len({r.model for r in next(iter(panels.values()))}) > 1
+    longest = max(names, default=0) if one_panel else 5
+    return 2 if 2 * (0.5 + 0.055 * (longest + 9)) < side + LEFT else 1
 
 
 def det_bands(evaluated: Sequence[Evaluated], seed: int = 0) -> Bands:
@@ -162,8 +197,7 @@ def _draw_det(
     look: Look,
     limits: tuple[float, float],
     band: tuple[np.ndarray, ...] | None,
-    label: str,
-) -> Line2D:
+) -> None:
     low, high = limits[0] / 4, 1 - limits[0] / 4  # beyond the axes
 
     def place(rates: np.ndarray) -> np.ndarray:
@@ -174,59 +208,77 @@ def _draw_det(
     # Drop what cannot be seen: vector files stay small.
     moves = np.any(np.diff(np.round(np.stack([x, y]) * 1000)), axis=0)
     seen = np.append(True, moves) | np.append(moves, True)
-    (line,) = axes.plot(
+    axes.plot(
         x[seen],
         y[seen],
-        look.line,
         drawstyle="steps-pre",
         color=look.colour,
+        linestyle=look.line,
         linewidth=1.3,
-        label=f"{printable(label)}: {result.eer:.3f} %",
+        gid=f"curve {printable(result.model)} {result.subset}",
     )
     at = int(np.flatnonzero(counts.thresholds == result.point.threshold)[0])
+    corner = ndtri(limits)  # where there is no error, the marker stands on the frame
     axes.plot(
-        x[at],
-        y[at],
+        np.clip(x[at], *corner),
+        np.clip(y[at], *corner),
         look.marker,
         color=look.colour,
         markeredgecolor="white",
         markersize=6,
         clip_on=False,
         zorder=3,
+        gid=f"eer {printable(result.model)} {result.subset}",
     )
     if band is not None:
         far, lowest, highest = map(place, band)
         axes.fill_between(far, lowest, highest, color=look.colour, alpha=0.15, linewidth=0)
-    line.set_marker(look.marker)
-    line.set_markevery([])  # in the legend only
-    return line
+
+
+def _legend_line(look: Look, label: str) -> Line2D:
+    return Line2D(
+        [],
+        [],
+        color=look.colour,
+        linestyle=look.line,
+        linewidth=1.3,
+        marker=look.marker,
+        markersize=4.5,
+        markeredgecolor="white",
+        markeredgewidth=0.4,
+        label=label,
+    )
 
 
 def _det_legend(
-    axes: Axes, handles: list[Line2D], results: Sequence[Result], bands: Bands | None
+    axes: Axes,
+    entries: list[Line2D],
+    results: Sequence[Result],
+    bands: Bands | None,
+    side: float,
 ) -> None:
-    """The curves with their EERs, and what dot and band are, below the axes."""
-    if not handles:
+    """The curves with their EERs, and what marker and band are, below the axes."""
+    if not entries:
         return
-    entries = []
-    for line in handles:
-        entry = Line2D([], [], color=line.get_color(), linestyle=line.get_linestyle())
-        entry.set(marker=line.get_marker(), markersize=5, label=line.get_label())
-        entries.append(entry)
-    entries.append(Line2D([], [], linestyle="", marker="o", color=GREY, label="marker: the EER"))
+    handles = [
+        *entries,
+        Line2D([], [], linestyle="", marker="o", markersize=4.5, color=GREY, label="at the EER"),
+    ]
     if bands:
         units = " or ".join(dict.fromkeys(_short(result.units.name) for result in results))
-        entries.append(
-            Patch(color=GREY, alpha=0.3, linewidth=0, label=f"95 % interval (by {units})")
-        )
+        label = f"95 % interval by {units}"
+        handles.append(Patch(color=GREY, alpha=0.3, linewidth=0, label=label))
+    panel = {"": list(results)}
     axes.legend(
-        handles=entries,
+        handles=handles,
         fontsize=7,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.17),
-        ncols=1 if len(entries) < 6 else 2,
+        loc="upper left",
+        bbox_to_anchor=(-LEFT / side, -BOTTOM / side),
+        borderaxespad=0,
+        ncols=_legend_columns(panel, side),
         frameon=False,
         handlelength=3,
+        columnspacing=1,
     )
 
 
@@ -251,18 +303,30 @@ def _det_limits(results: Sequence[Result]) -> tuple[float, float]:
     return lowest, min(highest, 0.995)
 
 
-def _det_axes(axes: Axes, limits: tuple[float, float]) -> None:
-    low, high = limits
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    ends = ndtri([low, high])
+def _det_axes(axes: Axes, limits: tuple[float, float], side: float) -> None:
+    ends = ndtri(limits)
+    ticks = _ticks(limits, side)
     labels = [f"{100 * tick:g}" for tick in ticks]
-    axes.set(xlim=ends, ylim=ends, aspect="equal")
+    axes.set(xlim=ends, ylim=ends)
     axes.set_xlabel("false acceptance rate (%)", fontsize=8)
     axes.set_ylabel("false rejection rate (%)", fontsize=8)
     axes.set_xticks(ndtri(ticks), labels, fontsize=7)
     axes.set_yticks(ndtri(ticks), labels, fontsize=7)
     axes.grid(linewidth=0.4, alpha=0.5)
     axes.plot(ends, ends, color=GREY, linewidth=0.7, linestyle=":")
+
+
+def _ticks(limits: tuple[float, float], side: float) -> list[float]:
+    """The ticks between the limits that leave each other room on an axis of `side` inches."""
+    low, high = ndtri(limits)
+    chosen: list[float] = []
+    for tick in TICKS:
+        if not limits[0] <= tick <= limits[1]:
+            continue
+        gaps = np.abs(ndtri(chosen) - ndtri(tick)) * side / (high - low)
+        if not len(gaps) or gaps.min() >= TICK_DISTANCE:
+            chosen.append(tick)
+    return sorted(chosen)
 
 
 # ── EERs ─────────────────────────────────────────────────────────────────────────────────────────
@@ -403,12 +467,12 @@ def _draw_reliability(axes: Axes, counts: Axes, of_model: Evaluated, style: Styl
         edges = np.linspace(0, 1, N_BINS + 1)
         counts.stairs(bins.count, edges, color=look.colour, linestyle=look.line, linewidth=1)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.set_ylabel("proportion of real trials,\nof equally weighted classes", fontsize=8)
+    axes.set_ylabel("proportion of real trials,\nof equally weighted classes", fontsize=7)
     axes.tick_params(labelsize=7, labelbottom=False)
     axes.grid(linewidth=0.4, alpha=0.5)
     counts.set_yscale("symlog", linthresh=1)
     counts.set_ylim(bottom=0)
-    counts.set_xlabel("probability of being real, of equally weighted classes", fontsize=8)
+    counts.set_xlabel("probability of being real,\nof equally weighted classes", fontsize=7)
     counts.set_ylabel("trials", fontsize=8)
     counts.tick_params(labelsize=7)
     counts.minorticks_off()
@@ -430,12 +494,15 @@ def histograms(evaluated: Sequence[Evaluated], style: Style) -> Figure:
     if not results:
         return figure
     everything = np.concatenate([part for pair in scores for part in pair[:2]])
-    bins = np.linspace(everything.min(), everything.max() + 1e-9, 61)
+    # One range for all; the farthest thousandth at either end counts in the outermost bins.
+    low, high = np.quantile(everything, [0.001, 0.999])
+    bins = np.linspace(low, max(high, low + 1e-9), 61)
     for i, (axes, result, (real, fake, threshold)) in enumerate(
         zip(panels, results, scores, strict=True)
     ):
         for part, name, colour in ((real, "real", REAL_COLOUR), (fake, "fake", FAKE_COLOUR)):
-            axes.hist(part, bins, density=True, label=name, color=colour, alpha=0.55)
+            inside = np.clip(part, bins[0], bins[-1])
+            axes.hist(inside, bins, density=True, label=name, color=colour, alpha=0.55)
         axes.axvline(threshold, color="black", linewidth=1, linestyle="--", label="EER threshold")
         axes.set_title(f"{result.subset}: EER {result.eer:.3f} %", fontsize=8)
         axes.tick_params(labelsize=7, labelbottom=True)
