@@ -728,6 +728,12 @@ def test_an_average_of_parts_without_error_reaches_up_to_their_rule_of_three(tmp
         )
     records = {r["subset"]: r for r in run_json(capsys, "--result_folder", tmp_path)}
     assert ends(records["CAVG"]) == pytest.approx([0, 6.0])  # 3 / 50, all seven from 50 sources
+    # 19LA and In-the-Wild share nobody with them: sqrt((7 x 6)^2 + 6^2 + 6^2) / 9.
+    for subset in ("19LA", "ITW"):
+        scores = [1.0] * 50 + [0.0] * 50
+        write_scores(_made(tmp_path / "m", subset), names, scores, ["real"] * 50 + ["fake"] * 50)
+    records = {r["subset"]: r for r in run_json(capsys, "--result_folder", tmp_path)}
+    assert ends(records["AVG"]) == pytest.approx([0, np.sqrt(42**2 + 2 * 6**2) / 9])
 
 
 # ── Anyone's scores ──────────────────────────────────────────────────────────────────────────────

@@ -112,7 +112,7 @@ def test_figures_have_the_width_asked_for_and_nothing_leaves_them(n_models, kind
         "reliability": plots.reliability_plot,
     }[kind]
     figure = draw(models, style)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.get_figwidth() == pytest.approx(8.5 / 2.54)
     outer = figure.bbox
     for axes in figure.axes:
