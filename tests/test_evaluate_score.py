@@ -1060,7 +1060,7 @@ def test_a_model_without_a_published_row_is_told_which_there_are(tmp_path):
 
 @pytest.fixture
 def codecfake(tmp_path) -> Path:
-    """Protocols of C1 (trailing blanks as released) and C7 (two codecs), their scores in `result`."""
+    """Protocols of C1 (trailing blanks as released) and C7 (two codecs), and their scores."""
     label = tmp_path / "Codecfake" / "label"
     label.mkdir(parents=True)
     (label / "C1.txt").write_text(
