@@ -149,18 +149,17 @@ Ends = dict[str, tuple[float, float]]
 def intervals(world: World, seed: int) -> Ends:
     """Method -> interval, fractions, of one simulated set."""
     trials = simulate(world, seed)
-    result = results.evaluate_trials("", "own", Path(), trials, 0, seed)
+    result = results.evaluate_trials("", "own", Path(), trials, N_RESAMPLES, seed)
     ends = {}
     for method, unit in (("percentile, trials", "trial"), ("percentile, drawn", "speaker")):
         factors = find_units(trials, "own", unit).factors
         eers = resample_eers([trials.scores], trials.is_real, factors, N_RESAMPLES, seed)[:, 0]
         ends[method] = percentile_interval(eers)
-    return ends | {"here": _here(result, seed)}
+    return ends | {"here": _here(result)}
 
 
-def _here(result: Result, seed: int) -> tuple[float, float]:
-    interval = results.estimate_interval(result, N_RESAMPLES, seed)
-    return interval.low / 100, interval.high / 100
+def _here(result: Result) -> tuple[float, float]:
+    return result.interval.low / 100, result.interval.high / 100
 
 
 def intervals_of_trials(setting: tuple[int, int, float], seed: int) -> Ends:
@@ -169,10 +168,10 @@ def intervals_of_trials(setting: tuple[int, int, float], seed: int) -> Ends:
     rng = np.random.default_rng([seed, 2])
     scores = np.concatenate([rng.normal(-2 * ndtri(eer), 1, n_real), rng.normal(0, 1, n_fake)])
     trials = Scores([f"t{i}" for i in range(len(scores))], scores, np.arange(len(scores)) < n_real)
-    result = results.evaluate_trials("", "own", Path(), trials, 0, seed, "trial")
+    result = results.evaluate_trials("", "own", Path(), trials, N_RESAMPLES, seed, "trial")
     eers = resample_eers([scores], trials.is_real, result.units.factors, N_RESAMPLES, seed)[:, 0]
     ends = percentile_interval(eers)
-    return {"percentile, trials": ends, "percentile, drawn": ends, "here": _here(result, seed)}
+    return {"percentile, trials": ends, "percentile, drawn": ends, "here": _here(result)}
 
 
 def rejects(world: World, seed: int) -> bool:

@@ -85,7 +85,7 @@ class Result:
     point: OperatingPoint | None = None  # where the EER is
     interval: Interval | None = None
     note: str | None = None  # why there is no EER
-    units: Units | None = None  # what is drawn for intervals, wherever there is an EER
+    units: Units | None = None  # what is drawn; None without an EER or without intervals
     changed: bool = False  # edited or damaged since generate_score.py wrote it
     n_missing: int = 0  # trials that generate_score.py could not score
     holds: str | None = None  # what generate_score.py recorded that the scores are
@@ -479,9 +479,9 @@ def evaluate_trials(
         return Result(model, subset, file, trials, note=_why_no_eer(subset, n_real, n_fake))
     counts = eval_metrics.count_errors(trials.real, trials.fake)
     result = Result(model, subset, file, trials, counts, eval_metrics.eer_point(counts))
-    result = replace(result, units=find_units(trials, subset, cluster_by))
     if not n_resamples:
         return result
+    result = replace(result, units=find_units(trials, subset, cluster_by))
     return replace(result, interval=estimate_interval(result, n_resamples, seed))
 
 

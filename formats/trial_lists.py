@@ -204,6 +204,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _cells(path: str | Path, line: tuple[int, str], delimiter: str) -> list[str]:
+    if '"' not in line[1]:
+        return line[1].split(delimiter)
     # Each line by itself: a stray quote must not swallow the next.
     try:
         return next(csv.reader([line[1]], delimiter=delimiter, strict=True))
