@@ -506,6 +506,7 @@ def write_subset(
     )
     if score_files.made_of(folder).get(path.name, target.contents) != target.contents:
         path.unlink(missing_ok=True)  # a kill must not leave it under the name of these weights
+    score_files.write_trials(path, trials)
     # The checksum first: killed in between, there is no score file, and the subset is scored again.
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     score_files.write_provenance(folder, about, target.contents, path.name, sha256)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_evaluate [folder of score files]
 
-The files have the published sizes; with a folder, its own files take the place of the made-up ones of
-the same subset. numpy.genfromtxt, which the challenges' scripts read scores with, is timed beside.
+The files have the published sizes and numbers of speakers; with a folder, its files take the place
+of the made-up ones of the same subset. numpy.genfromtxt, which the challenges' scripts read scores
+with, is timed beside.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 
 from evaluation import results
 from formats import score_files
+from formats.protocols import FAKE, REAL, Trial
 
 PUBLISHED_SIZES = {  # subset -> (real, fake), as in the published score files
     "19LA": (7355, 63882),
@@ -39,20 +41,20 @@ def main() -> None:
         Path(sys.argv[1]) if len(sys.argv) > 1 else None
     )
     print(
-        f"Twelve score files, {n_trials:,} trials; Python {platform.python_version()}, numpy {np.__version__}, "
-        f"{os.cpu_count()} cores, {platform.machine()}\n"
+        f"Twelve score files, {n_trials:,} trials; Python {platform.python_version()}, "
+        f"numpy {np.__version__}, {os.cpu_count()} cores, {platform.machine()}\n"
     )
     print("| task | seconds (median) | n | ratio to genfromtxt |\n| :-- | --: | --: | --: |")
     for name, seconds, repeats in (
         ("numpy.genfromtxt: reading", genfromtxt, N_REPEATS),
         ("here: reading and EERs", ours, N_REPEATS),
-        ("here: reading, EERs, 1,000 resamples", resampled, 3),
+        ("here: reading, EERs, intervals of 1,000 resamples", resampled, 3),
     ):
         print(f"| {name} | {seconds:.2f} | {repeats} | {seconds / genfromtxt:.2f} |")
 
 
 def measure(given: Path | None) -> tuple[float, float, float, int]:
-    """Median seconds of genfromtxt, of reading and EERs, of the same with 1,000 resamples; the number of trials."""
+    """Median seconds of genfromtxt, of reading and EERs, and with intervals; number of trials."""
     with tempfile.TemporaryDirectory() as folder:
         files = make_files(Path(folder), given)
         n_trials = sum(len(score_files.read_scores(path).names) for path in files.values())
@@ -77,22 +79,40 @@ def timed(task: Callable[[], object], repeats: int = N_REPEATS) -> float:
 
 
 def make_files(folder: Path, given: Path | None) -> dict[str, Path]:
-    """Subset -> score file. Fakes of Codecfake are named as copies of its reals."""
+    """Subset -> score file. Codecfake's are named after 327 speakers, fakes as copies of reals.
+
+    Speakers and attacks of 19LA and ITW stand beside the scores, as generate_score.py writes them.
+    """
     rng = np.random.default_rng(0)
     files = {}
     for number, (subset, (n_real, n_fake)) in enumerate(PUBLISHED_SIZES.items()):
-        copy = "" if subset in ("19LA", "ITW") else f"F{number:02d}_"
-        names = [f"p{i:07d}.wav" for i in range(n_real)] + [
-            f"{copy or 'f'}p{i:07d}.wav" for i in range(n_fake)
-        ]
+        own = subset in ("19LA", "ITW")
+        copy = "f" if own else f"F{number:02d}_"
+        names = [_name(i) for i in range(n_real)] + [f"{copy}{_name(i)}" for i in range(n_fake)]
         logits = np.concatenate([rng.normal(4, 2, n_real), rng.normal(-4, 2, n_fake)])
         files[subset] = folder / f"{subset}_result.txt"
-        score_files.write_scores(
-            files[subset], names, 1 / (1 + np.exp(-logits)), ["real"] * n_real + ["fake"] * n_fake
-        )
+        words = ["real"] * n_real + ["fake"] * n_fake
+        score_files.write_scores(files[subset], names, 1 / (1 + np.exp(-logits)), words)
+        if own:
+            trials = [_trial(subset, i, name, i < n_real) for i, name in enumerate(names)]
+            score_files.write_trials(files[subset], trials)
     if given:
         files |= results.find_models([given])[0].files
     return files
+
+
+def _name(i: int) -> str:
+    """VCTK and AISHELL-3 names in turn: 109 and 218 speakers."""
+    speaker = i % 327
+    if speaker < 109:
+        return f"p{200 + speaker}_{i:06d}.wav"
+    return f"SSB{speaker:04d}{i:06d}.wav"
+
+
+def _trial(subset: str, i: int, name: str, real: bool) -> Trial:
+    n_speakers = 67 if subset == "19LA" else 54
+    attack = f"A{7 + i % 13:02d}" if subset == "19LA" and not real else "-"
+    return Trial(name, "", REAL if real else FAKE, attack, f"s{i % n_speakers}")
 
 
 if __name__ == "__main__":

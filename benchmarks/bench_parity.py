@@ -214,7 +214,7 @@ def rows_of(head: str, subset: str, trials: list[Trial], llrs: np.ndarray) -> li
     rows = []
     for kind, scores in zip(TYPES, llrs):
         eer, moved = (
-            100 * eval_metrics.find_eer_point(scores[is_real], scores[~is_real]).eer,
+            100 * eval_metrics.compute_eer(scores[is_real], scores[~is_real])[0],
             np.abs(scores - llrs[0]).max(),
         )
         rows.append(

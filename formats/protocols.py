@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,15 +31,18 @@ LABEL_WORDS = {
 }
 
 
-class Trial(
-    NamedTuple
-):  # a million of them are read in seconds; a frozen dataclass takes three times as long
+UNKNOWN = "-"  # a source or speaker that the corpus does not tell
+
+
+# A NamedTuple: a million of them are read in seconds, frozen dataclasses take three times as long.
+class Trial(NamedTuple):
     """One row of a protocol."""
 
     name: str  # as score files write it: with .wav in Codecfake, without extension elsewhere
     path: str
     label: int  # REAL or FAKE
-    source: str  # codec (F01..F07, L1..L3) or attack (A01..A19), "-" if real or unknown
+    source: str  # codec (F01..F07, L1..L3) or attack (A01..A19), UNKNOWN if real
+    speaker: str = UNKNOWN
 
 
 # ── Protocols ────────────────────────────────────────────────────────────────────────────────────
@@ -53,8 +57,8 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
         part: one of PARTS[task].
 
     Raises:
-        InputError: no such corpus there, a row that is not one (names the file and the row), or a recording that is both real
-            and fake.
+        InputError: no such corpus there, a row that is not one (names the file and the row), or a
+            recording that is both real and fake.
     """
     root = Path(root)
     if not root.is_dir():
@@ -62,17 +66,14 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
     collecting = gc.isenabled()
     gc.disable()  # a million new tuples would have it look through them all over and over
     try:
-        protocol, trials = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}[
-            task
-        ](root, part)
+        protocol, trials = _READERS[task](root, part)
     finally:
         if collecting:
             gc.enable()
     if not trials:
         raise InputError(f"{protocol}: has no rows")
-    if len({trial.path for trial in trials}) < len(
-        trials
-    ):  # the same row twice only counts twice, in training
+    # The same row twice only counts twice, in training.
+    if len({trial.path for trial in trials}) < len(trials):
         _require_one_label_each(protocol, trials)
     return trials
 
@@ -82,7 +83,8 @@ def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
     for trial in trials:
         if labels.setdefault(trial.path, trial.label) != trial.label:
             raise InputError(
-                f"{protocol}: {trial.name} is in it as bona fide and as spoof; take the wrong row out"
+                f"{protocol}: {trial.name} is in it as bona fide and as spoof; "
+                "take the wrong row out"
             )
 
 
@@ -90,29 +92,65 @@ def _codecfake(root: Path, part: str) -> tuple[Path, list[Trial]]:
     """`name.wav real|fake tag`, or the two-column copies without the tag."""
     names = [part, "L" + part[1]] if part[0] == "A" else [part]
     protocol = _first_file(root, [f"label/{name}.txt" for name in names])
-    folders = [root / above / name for above in ("test", "") for name in names]
-    if part in ("train", "dev"):
-        folders = [root / part]
-    found = [f for f in folders if f.is_dir()]
-    folder = next((f for f in found if any(os.scandir(f))), (found or folders)[0])
-    folder = str(folder)  # formatting a Path a million times takes a second
+    folder = _codecfake_folder(root, part, names)
 
-    trials, words, sources = [], {"real": REAL, "fake": FAKE}, {}
+    trials, words = [], {"real": REAL, "fake": FAKE}
+    sources: dict[str, str] = {}
+    speakers: dict[str, str] = {}  # one string a speaker, not one a row
     for row, fields in _rows(protocol):
         if len(fields) not in (2, 3):
             raise _bad_row(protocol, row, "`name.wav real|fake tag`", fields)
-        name, tag = _plain_name(protocol, row, fields[0]), fields[2] if len(fields) == 3 else "-"
+        name = _plain_name(protocol, row, fields[0])
+        tag = fields[2] if len(fields) == 3 else UNKNOWN
         label = _label(protocol, row, fields[1], words)
         if tag not in sources:
-            sources[tag] = (
-                f"F{int(tag):02d}"
-                if tag.isascii() and tag.isdigit()
-                else _plain_name(protocol, row, tag, "tag")
-            )
+            sources[tag] = _codec(protocol, row, tag)
+        speaker = codecfake_speaker(name)
         trials.append(
-            Trial(name, f"{folder}/{name}", label, "-" if label == REAL else sources[tag])
+            Trial(
+                name,
+                f"{folder}/{name}",
+                label,
+                UNKNOWN if label == REAL else sources[tag],
+                speakers.setdefault(speaker, speaker),
+            )
         )
     return protocol, trials
+
+
+def _codecfake_folder(root: Path, part: str, names: Sequence[str]) -> str:
+    """The folder of a part's audio; a string, since formatting a million Paths takes a second."""
+    if part in ("train", "dev"):
+        return str(root / part)
+    candidates = [root / above / name for above in ("test", "") for name in names]
+    present = [folder for folder in candidates if folder.is_dir()]
+    filled = [folder for folder in present if any(os.scandir(folder))]
+    return str([*filled, *present, *candidates][0])
+
+
+def _codec(protocol: Path, row: int, tag: str) -> str:
+    if tag.isascii() and tag.isdigit():
+        return f"F{int(tag):02d}"
+    return _plain_name(protocol, row, tag, "tag")
+
+
+COPY_PREFIX = re.compile(
+    r"(?:F\d\d|[LA]\d)_"
+)  # codec F01..F07, or set L1..L3, before a clip's name
+VCTK_SPEAKER = re.compile(r"(?:p\d{3}|s5)(?=_)")  # p276_290.wav
+AISHELL3_SPEAKER = re.compile(r"SSB\d{4}")  # SSB05440084.wav
+
+
+def source_utterance(name: str) -> str:
+    """The name of the clip that a Codecfake clip is a copy of: x.wav for F01_x.wav and x.wav."""
+    return COPY_PREFIX.sub("", name, count=1)
+
+
+def codecfake_speaker(name: str) -> str:
+    """The speaker that a Codecfake clip is named after, UNKNOWN where the name tells none."""
+    name = source_utterance(name)
+    speaker = AISHELL3_SPEAKER.match(name) or VCTK_SPEAKER.match(name)
+    return speaker[0] if speaker else UNKNOWN
 
 
 def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
@@ -132,42 +170,56 @@ def _asvspoof2019(root: Path, part: str) -> tuple[Path, list[Trial]]:
         name = _plain_name(protocol, row, fields[1])
         label = _label(protocol, row, fields[4], words)
         attack = _plain_name(protocol, row, fields[3], "attack")
-        trials.append(Trial(name, f"{folder}/{name}.flac", label, "-" if label == REAL else attack))
+        source = UNKNOWN if label == REAL else attack
+        trials.append(Trial(name, f"{folder}/{name}.flac", label, source, fields[0]))
     return protocol, trials
 
 
 def _in_the_wild(root: Path, part: str) -> tuple[Path, list[Trial]]:
-    """The released `meta.csv`, or the reference's five-column `label.txt` with its audio in `wav/`."""
+    """The released `meta.csv`, or the reference's `label.txt` with its audio in `wav/`."""
     if not (root / "meta.csv").is_file() and (root / "release_in_the_wild").is_dir():
         root = root / "release_in_the_wild"
     protocol = _first_file(root, ["meta.csv", "label.txt"])
-    words = {"bona-fide": REAL, "bonafide": REAL, "spoof": FAKE}
+    read = _itw_label_txt if protocol.name == "label.txt" else _itw_meta_csv
+    return protocol, read(root, protocol, {"bona-fide": REAL, "bonafide": REAL, "spoof": FAKE})
+
+
+def _itw_label_txt(root: Path, protocol: Path, words: dict[str, int]) -> list[Trial]:
+    trials, expected = [], "five columns with the id in the 2nd and the label in the 5th"
+    for row, fields in _rows(protocol):
+        if len(fields) != 5:
+            raise _bad_row(protocol, row, expected, fields)
+        name = _plain_name(protocol, row, fields[1])
+        label = _label(protocol, row, fields[4], words)
+        trials.append(Trial(name, f"{root}/wav/{name}.wav", label, UNKNOWN))
+    return trials
+
+
+def _itw_meta_csv(root: Path, protocol: Path, words: dict[str, int]) -> list[Trial]:
     trials = []
-    if protocol.name == "label.txt":
-        for row, fields in _rows(protocol):
-            if len(fields) != 5:
-                raise _bad_row(
-                    protocol,
-                    row,
-                    "five columns with the id in the 2nd and the label in the 5th",
-                    fields,
-                )
-            name = _plain_name(protocol, row, fields[1])
-            trials.append(
-                Trial(name, f"{root}/wav/{name}.wav", _label(protocol, row, fields[4], words), "-")
-            )
-        return protocol, trials
     for row, fields in _csv_rows(protocol):
         if len(fields) != 3:
             raise _bad_row(protocol, row, "`file,speaker,label`", fields)
         file = _plain_name(protocol, row, fields[0].strip())
         label = _label(protocol, row, fields[2].strip(), words)
-        trials.append(Trial(Path(file).stem, f"{root}/{file}", label, "-"))
-    return protocol, trials
+        speaker = _one_line(fields[1])
+        trials.append(Trial(Path(file).stem, f"{root}/{file}", label, UNKNOWN, speaker))
+    return trials
+
+
+_READERS = {"codecfake": _codecfake, "19LA": _asvspoof2019, "ITW": _in_the_wild}
+
+
+def _one_line(text: str) -> str:
+    """The text with single blanks for what separates its words; UNKNOWN if there are none."""
+    return " ".join(text.split()) or UNKNOWN
 
 
 def find_missing(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials whose audio file is not there. Lists each folder once instead of asking file by file."""
+    """The trials whose audio file is not there.
+
+    Lists each folder once instead of asking file by file.
+    """
     present: dict[str, set[str]] = {}
     missing = []
     for trial in trials:
@@ -183,7 +235,10 @@ def describe_missing(missing: Sequence[Trial], n_trials: int) -> str:
     """One line: how many of the protocol's files are absent, where, and the first names."""
     folders = sorted({trial.path.rpartition("/")[0] for trial in missing})
     first = ", ".join(trial.path.rpartition("/")[2] for trial in missing[:3])
-    return f"{len(missing)} of {n_trials} files named by the protocol are not in {' or '.join(folders[:3])} (first: {first})"
+    return (
+        f"{len(missing)} of {n_trials} files named by the protocol are not in "
+        f"{' or '.join(folders[:3])} (first: {first})"
+    )
 
 
 def _first_file(root: Path, candidates: list[str]) -> Path:
@@ -191,8 +246,8 @@ def _first_file(root: Path, candidates: list[str]) -> Path:
         if (root / candidate).is_file():
             return root / candidate
     raise InputError(
-        f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout nor that "
-        "part of it; give the corpus's folder with -d (README, Data)"
+        f"{root}: expected {' or '.join(candidates)} in it, found neither a corpus of that layout "
+        "nor that part of it; give the corpus's folder with -d (README, Data)"
     )
 
 
@@ -200,7 +255,10 @@ LONGEST_ROW = 4_096  # characters; no real protocol comes near it
 
 
 def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
-    """(row number from 1, line) of every row that is not blank. Never holds more than LONGEST_ROW of one."""
+    """(row number from 1, line) of every row that is not blank.
+
+    Never holds more than LONGEST_ROW of a line.
+    """
     row = 0
     with open(protocol, encoding="utf-8-sig", newline=None) as file:
         try:
@@ -208,7 +266,8 @@ def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
                 row += 1
                 if len(line) > LONGEST_ROW:
                     raise InputError(
-                        f"{protocol}:{row}: expected a protocol row, got a line of over {LONGEST_ROW} characters"
+                        f"{protocol}:{row}: expected a protocol row, "
+                        f"got a line of over {LONGEST_ROW} characters"
                     )
                 if line.strip():
                     yield row, line.rstrip("\n")
@@ -226,9 +285,8 @@ def _csv_rows(protocol: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows of `meta.csv` below its header; a first row that is data is kept as data."""
     for row, line in _lines(protocol):
         try:
-            fields = next(
-                csv.reader([line], strict=True)
-            )  # each line by itself: a stray quote must not swallow the next
+            # Each line by itself: a stray quote must not swallow the next.
+            fields = next(csv.reader([line], strict=True))
         except csv.Error as error:
             raise InputError(
                 f"{protocol}:{row}: expected `file,speaker,label`, got {line[:60]!r} ({error})"
@@ -253,6 +311,5 @@ def _label(protocol: Path, row: int, word: str, words: dict[str, int]) -> int:
 
 
 def _bad_row(protocol: Path, row: int, expected: str, fields: list[str]) -> InputError:
-    return InputError(
-        f"{protocol}:{row}: expected {expected}, got {len(fields)} columns: {' '.join(fields)[:80]!r}"
-    )
+    got = f"{len(fields)} columns: {' '.join(fields)[:80]!r}"
+    return InputError(f"{protocol}:{row}: expected {expected}, got {got}")

@@ -1,23 +1,27 @@
-"""Score files, both ends, and what lies beside them: their provenance, the trials they lack, ASV scores. Plain numpy."""
+"""Score files, both ends, and what lies beside them: provenance, lists of trials, ASV scores.
+
+Plain numpy. Score files of other programs: formats/score_forms.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from formats import trial_lists
+from formats.protocols import Trial
+from formats.trial_lists import FAKE_WORDS, REAL_WORDS
 from runtime import files
 from runtime.cli import InputError
 
 # ── Score files ──────────────────────────────────────────────────────────────────────────────────
 
-REAL_WORDS = ("real", "bonafide", "bona-fide")
-FAKE_WORDS = ("fake", "spoof")
 UNLABELLED = "-"  # recordings whose label nobody knows: written, but there is nothing to evaluate
 IS_REAL = {word.encode(): word in REAL_WORDS for word in REAL_WORDS + FAKE_WORDS}
 
@@ -28,6 +32,8 @@ class Scores(NamedTuple):
     names: Sequence[str]  # N
     scores: np.ndarray  # (N,) float64, higher = more likely real
     is_real: np.ndarray  # (N,) bool
+    speakers: Sequence[str] = ()  # N, or none where nobody told them
+    attacks: Sequence[str] = ()
 
     @property
     def real(self) -> np.ndarray:
@@ -44,10 +50,16 @@ def read_scores(path: str | Path) -> Scores:
     An empty file and a file of one class are fine here: it is only their EER that does not exist.
 
     Raises:
-        InputError: a malformed row, an unknown word, a score that is not a finite number, a name that
-            occurs twice. The message names file and row.
+        InputError: a malformed row, an unknown word, a score that is not a finite number, a name
+            that occurs twice. The message names file and row.
     """
     trials = read_rows(path)
+    require_valid(path, trials)
+    return trials
+
+
+def require_valid(path: str | Path, trials: Scores) -> None:
+    """Raise InputError for a score that is not finite, or a name that occurs twice."""
     finite = np.isfinite(trials.scores)
     if not finite.all():
         trial = int(np.argmin(finite))
@@ -62,11 +74,10 @@ def read_scores(path: str | Path) -> Scores:
             f"{path}:{_row_of(path, second)}: expected each trial once, got {_shortened(name)} "
             f"{count} times; keep one row of it"
         )
-    return trials
 
 
 def read_rows(path: str | Path) -> Scores:
-    """Like read_scores(), but lets non-finite scores and repeated names through, for those who count them."""
+    """Like read_scores(), but lets non-finite scores and repeated names through, to be counted."""
     lines = _read(path)
     try:
         return _parse(lines)
@@ -78,16 +89,16 @@ ROW_END = b"\0"  # no score file has it as a word of its own
 
 
 def _parse(lines: bytes) -> Scores:
-    """Score rows without a blank one among them. Column by column: three times as fast as row by row."""
+    """Rows, none of them blank. By columns, which is three times as fast as row by row."""
     lines = lines.rstrip()
     if not lines:
         return Scores([], np.empty(0), np.empty(0, dtype=bool))
     fields = lines.replace(b"\n", b" " + ROW_END + b" ").split() + [ROW_END]
     names, scores, words, ends = fields[0::4], fields[1::4], fields[2::4], fields[3::4]
-    if 4 * ends.count(ROW_END) != len(fields) or ROW_END in names or b"_" in b" ".join(scores):
-        raise ValueError(
-            "a row without exactly three columns, or an underscore, which Python allows in numbers"
-        )
+    if 4 * ends.count(ROW_END) != len(fields) or ROW_END in names:
+        raise ValueError("a row without exactly three columns")
+    if b"_" in b" ".join(scores):
+        raise ValueError("an underscore, which Python allows in numbers")
     values = np.array(list(map(float, scores)))
     is_real = np.array([IS_REAL[word] for word in words])
     return Scores(b"\n".join(names).decode().split("\n"), values, is_real)
@@ -110,8 +121,8 @@ def format_scores(
 ) -> str:
     """What a score file at `path` holds.
 
-    Raises InputError for names as check_names(), for scores that are not finite, for unknown words, and
-    for sequences of unequal length.
+    Raises InputError for names as check_names(), for scores that are not finite, for unknown words,
+    and for sequences of unequal length.
     """
     if not len(names) == len(scores) == len(words):
         raise InputError(
@@ -120,7 +131,7 @@ def format_scores(
         )
     check_names(path, names)
     lines = []
-    for name, score, word in zip(names, map(float, scores), words):
+    for name, score, word in zip(names, map(float, scores), words, strict=True):
         if not np.isfinite(score):
             raise InputError(f"{path}: expected a finite score for {_shortened(name)}, got {score}")
         if word.encode() not in IS_REAL and word != UNLABELLED:
@@ -132,7 +143,7 @@ def format_scores(
 
 
 def check_names(path: str | Path, names: Sequence[str]) -> None:
-    """Raise InputError for a name that no score file can hold: empty, with a blank in it, or there twice."""
+    """Raise InputError for a name that no score file can hold: empty, with a blank, or twice."""
     seen = set()
     for name in names:
         if not name or name.split() != [name]:
@@ -144,16 +155,73 @@ def check_names(path: str | Path, names: Sequence[str]) -> None:
         seen.add(name)
 
 
+def is_plain(path: str | Path) -> bool:
+    """Whether the first row of a file is `name score word`, with any word; an empty file is."""
+    first = next(numbered_lines(path), None)
+    if first is None:
+        return True
+    fields = first[1].split()
+    if len(fields) != 3:
+        return False
+    return _is_number(fields[1].encode()) and not _is_number(fields[2].encode())
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(row number from 1, line) of every row that is not blank.
+
+    Raises InputError for a file that is not UTF-8.
+    """
+    for number, line in enumerate(_read(path).split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError:
+            raise InputError(f"{path}:{number}: expected UTF-8, got {_shortened(line)}") from None
+
+
+def trials_path(score_file: str | Path) -> Path:
+    """Where the speakers and attacks of a score file's trials are: beside it, as a list.
+
+    `C1_trials.tsv` for `C1_result.txt`: .txt files are scores, so the list is none.
+    """
+    path = Path(score_file)
+    return path.with_name(f"{path.stem.removesuffix('_result')}_trials.tsv")
+
+
+def write_trials(score_file: str | Path, trials: Sequence[Trial]) -> None:
+    """Record label, speaker and attack of a score file's trials beside it.
+
+    evaluate_score.py then draws speakers and attacks, and needs no corpus for it.
+    """
+    trial_lists.write_trials(trials_path(score_file), trials)
+
+
+def read_trials(score_file: str | Path) -> list[Trial]:
+    """What write_trials() recorded; nothing where there is no record.
+
+    Raises InputError for a damaged record.
+    """
+    path = trials_path(score_file)
+    return trial_lists.read_labels(path) if path.is_file() else []
+
+
 PROVENANCE = "provenance.json"  # beside score files: what made them, and their SHA-256
 
 
 def read_checksums(folder: str | Path) -> dict[str, str]:
-    """SHA-256 of each score file in the folder that generate_score.py wrote. Raises InputError where their list is damaged."""
+    """SHA-256 of each score file in the folder that generate_score.py wrote.
+
+    Raises InputError where their list is damaged.
+    """
     return read_provenance(folder, "sha256")
 
 
 def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
-    """What generate_score.py recorded under this heading of each score file. Raises InputError where that is damaged."""
+    """What generate_score.py recorded under this heading of each score file.
+
+    Raises InputError where the record is damaged.
+    """
     path = Path(folder) / PROVENANCE
     if not path.is_file():
         return {}
@@ -164,12 +232,13 @@ def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
     except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError(
-        f"{path}: damaged, or not written by generate_score.py; remove it to take the score files beside it as they are"
+        f"{path}: damaged, or not written by generate_score.py; "
+        "remove it to take the score files beside it as they are"
     )
 
 
 def is_unchanged(path: str | Path, checksums: dict[str, str]) -> bool:
-    """Whether a score file is what generate_score.py wrote, as far as is known: a changed digit has no other mark."""
+    """Whether a score file is what generate_score.py wrote, as far as its checksum is known."""
     path = Path(path)
     return checksums.get(path.name) in (None, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -193,11 +262,11 @@ def write_provenance(
 
 
 def _read(path: str | Path) -> bytes:
-    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # the mark some editors put there
+    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a mark that some editors write
 
 
 def _whole_rows(path: str | Path, lines: bytes) -> bytes:
-    """The lines without blank ones. Raises InputError for the first row that is not `name score word`."""
+    """The lines that are not blank. Raises InputError for a row that is not `name score word`."""
     rows = []
     for number, line in enumerate(lines.split(b"\n"), start=1):
         fields = line.split()
@@ -213,16 +282,15 @@ def _whole_rows(path: str | Path, lines: bytes) -> bytes:
 
 def _problem_of(fields: list[bytes]) -> str | None:
     if len(fields) != 3 or ROW_END in fields:
-        return f"expected `name score word`, got {len(fields)} column(s): {_shortened(b' '.join(fields[:4]))}"
+        got = f"{len(fields)} column(s): {_shortened(b' '.join(fields[:4]))}"
+        return f"expected `name score word`, got {got}"
     name, score, word = fields
     if not _is_number(score):
         return f"expected a number as the score, got {_shortened(score)}"
     if word not in IS_REAL:
-        hint = (
-            " (a recording without a label, of which there is nothing to evaluate)"
-            if word == UNLABELLED.encode()
-            else ""
-        )
+        hint = ""
+        if word == UNLABELLED.encode():
+            hint = " (a recording without a label, of which there is nothing to evaluate)"
         return f"expected {_known_words()}, got {_shortened(word)}{hint}"
     try:
         name.decode()
@@ -241,9 +309,8 @@ def _is_number(text: bytes) -> bool:
 
 def _row_of(path: str | Path, trial: int) -> int:
     """Row number, from 1, of the trial-th row that is not blank."""
-    return [
-        number for number, line in enumerate(_read(path).split(b"\n"), start=1) if line.strip()
-    ][trial]
+    lines = enumerate(_read(path).split(b"\n"), start=1)
+    return [number for number, line in lines if line.strip()][trial]
 
 
 def _known_words() -> str:
@@ -259,7 +326,7 @@ def _shortened(text: str | bytes) -> str:
 
 
 class AsvScores(NamedTuple):
-    """Scores of the challenge's speaker verification system, higher = more likely the claimed speaker."""
+    """Scores of the challenge's speaker verification system, higher = more likely the speaker."""
 
     target: np.ndarray
     nontarget: np.ndarray
@@ -281,13 +348,12 @@ def read_asv_scores(path: str | Path) -> AsvScores:
             scores[key].append(float(score))
         except (ValueError, KeyError):
             raise InputError(
-                f"{path}:{row}: expected `source target|nontarget|spoof score`, got {_shortened(line)}; is this "
-                "ASVspoof2019.LA.asv.eval.gi.trl.scores.txt?"
+                f"{path}:{row}: expected `source target|nontarget|spoof score`, "
+                f"got {_shortened(line)}; is this ASVspoof2019.LA.asv.eval.gi.trl.scores.txt?"
             ) from None
     arrays = {key.decode(): np.array(values) for key, values in scores.items()}
     for key, values in arrays.items():
         if not values.size or not np.isfinite(values).all():
-            raise InputError(
-                f"{path}: expected finite scores of {key} trials, got {'some that are not' if values.size else 'none'}"
-            )
+            got = "some that are not" if values.size else "none"
+            raise InputError(f"{path}: expected finite scores of {key} trials, got {got}")
     return AsvScores(**arrays)

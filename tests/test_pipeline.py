@@ -124,7 +124,7 @@ def test_the_four_scripts(
     run(evaluate_score, "--result_folder", tmp_path / "result", "--format", "json", "--no_ci")
     cells = {cell["subset"]: cell for cell in json.loads(capsys.readouterr().out)}
     assert set(cells) >= {"19LA", "ITW", *(f"C{k}" for k in range(1, 8)), "A1", "A2", "A3"}
-    assert all(0 <= cells[subset]["eer"] <= 100 for subset in ("19LA", "ITW", "C1", "A3"))
+    assert all(0 <= cells[subset]["eer_percent"] <= 100 for subset in ("19LA", "ITW", "C1", "A3"))
     assert (cells["C1"]["n_real"], cells["C1"]["n_fake"], cells["19LA"]["n_real"]) == (4, 4, 4)
 
 

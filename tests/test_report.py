@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br"}
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """A report on two models, one of which has a hostile name, a subset of one class and an inverted one."""
+    """A report on two models: a hostile name, an inverted subset, one of a single class."""
     folder = tmp_path_factory.mktemp("report")
     for model, shift in ((NAME, 30), ("plain", -30)):
         (folder / "result" / model).mkdir(parents=True)
@@ -102,45 +102,70 @@ def test_every_score_file_is_listed_with_its_sha256(page):
         assert hashlib.sha256(path.read_bytes()).hexdigest() in text
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_page_fits_its_window_in_a_real_browser(page, tmp_path, width):
+def figures_of(page: Path) -> dict[str, list[str]]:
+    """Section's title -> captions of the figures in it."""
+    sections = re.split(r"<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))[1:]
+    return {
+        title: re.findall("<figcaption>(.*?)</figcaption>", body)
+        for title, body in zip(sections[::2], sections[1::2], strict=True)
+    }
+
+
+def test_figures_stand_beside_the_tables_they_belong_to(page):
+    figures = figures_of(page)
+    eers = figures["EER (%)"]
+    assert "True EERs" in eers[0] and all("DET curves" in caption for caption in eers[1:])
+    assert len(eers) == 3
+    assert all("reliability" in caption for caption in figures["Metrics"])
+    assert all("scores of real and fake" in caption for caption in figures["Decisions"])
+    assert len(figures["Metrics"]) == len(figures["Decisions"]) == 2
+
+
+def run_chromium(page: Path, tmp_path: Path, width: int, script: str) -> str:
+    """What a script makes of the page in a window of that width."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
         pytest.skip("needs chromium (Debian package of that name)")
     # Headless windows have a least width, so the page is put into a frame of the width in question.
-    probe = (
-        "<script>onload = () => { const page = frames[0].document; document.title = JSON.stringify([page.documentElement.scrollWidth,"
-        "[...page.images].every(i => i.complete && i.naturalWidth > 0), page.querySelectorAll('table').length,"
-        "[...page.querySelectorAll('table')].filter(t => t.getBoundingClientRect().height > 40).length]) }</script>"
-    )
     frame = tmp_path / "frame.html"
+    source = html.escape(page.read_text(encoding="utf-8"))
     frame.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="border:0" width="{width}" height="800" '
-        f'srcdoc="{html.escape(page.read_text(encoding="utf-8"))}"></iframe>{probe}',
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe style="border:0" width="{width}" '
+        f'height="800" srcdoc="{source}"></iframe>'
+        f"<script>onload = () => {{ {script} }}</script>",
         encoding="utf-8",
     )
+    options = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--virtual-time-budget=5000 --dump-dom"
+    )
     done = subprocess.run(
-        [
-            chromium,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=5000",
-            "--dump-dom",
-            frame.as_uri(),
-        ],
+        [chromium, *options.split(), f"--user-data-dir={tmp_path / 'profile'}", frame.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,
     )
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-500:]
-    scroll_width, images, n_tables, n_visible = title[1].strip("[]").split(",")
+    return title[1]
+
+
+@pytest.mark.parametrize("width", [360, 390, 1280])
+def test_the_page_fits_its_window_in_a_real_browser(page, tmp_path, width):
+    script = """
+        const page = frames[0].document, tables = [...page.querySelectorAll("table")];
+        const more = [...page.querySelectorAll(".more")].filter(p => p.offsetHeight > 0);
+        document.title = JSON.stringify([
+            page.documentElement.scrollWidth,
+            [...page.images].every(i => i.complete && i.naturalWidth > 0),
+            tables.length,
+            tables.filter(t => t.getBoundingClientRect().height > 40).length,
+            more.length,
+        ]);
+    """
+    title = run_chromium(page, tmp_path, width, script)
+    scroll_width, images, n_tables, n_visible, n_more = title.strip("[]").split(",")
     assert int(scroll_width) <= width, f"the page scrolls sideways: {scroll_width} > {width}"
-    assert images == "true" and int(n_tables) == int(n_visible) == 4
+    assert images == "true" and int(n_tables) == int(n_visible) == 5
+    assert int(n_more) == (4 if width < 640 else 0)  # a visible sign at each wide table

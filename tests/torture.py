@@ -526,8 +526,8 @@ def _evaluated(folder: Path) -> object:
         raise InputError(
             f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent"
         )
-    results = evaluate(found, 0)
-    if changed := [str(result.file) for result in results if "changed" in result.extra]:
+    results = list(evaluate(found, 0).results.values())
+    if changed := [str(result.file) for result in results if result.changed]:
         raise InputError(f"{', '.join(changed)}: named below the table as edited or damaged")
     return [
         (
