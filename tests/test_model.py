@@ -440,7 +440,7 @@ def test_the_first_of_two_gpus_is_taken_or_the_one_asked_for(
     started = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(devices, "_start", started.append)
+    monkeypatch.setattr(devices, "_try_gpu", started.append)
     assert [str(devices.pick_device(gpu)) for gpu in (None, 1, -1)] == ["cuda:0", "cuda:1", "cpu"]
     assert started == [0, 1]
     with pytest.raises(InputError, match="--gpu 2: expected one of the 2 GPUs"):
@@ -464,7 +464,7 @@ def test_a_gpu_that_cannot_compute_is_a_clear_line(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(devices, "_start", refuse)
+    monkeypatch.setattr(devices, "_try_gpu", refuse)
     with pytest.raises(InputError, match=f"--gpu 0: .*{why}.*--gpu -1") as caught:
         devices.pick_device(None)
     assert "\n" not in str(caught.value)
