@@ -58,7 +58,7 @@ class ClipBatch:
 
     rows: list[int]  # positions in the list of paths that was given
     clips: Tensor  # (len(rows), 64600) float32
-    rates: Counter  # sampling rate in Hz -> number of files
+    rates: list[int]  # of each clip's file, Hz
     failures: dict[int, str]  # row -> one line saying what is wrong with its file
     digests: list[bytes]  # of the samples: clips with the same one are the same clip
 
@@ -112,19 +112,20 @@ class _Clips(torch.utils.data.Dataset):
         worker = torch.utils.data.get_worker_info()
         reading = self.reading[worker.id if worker else 0]
         reading[0] = os.getpid()
-        batch = ClipBatch([], torch.empty(0, CLIP_SAMPLES), Counter(), {}, [])
+        batch = ClipBatch([], torch.empty(0, CLIP_SAMPLES), [], {}, [])
         clips = []
         for row in rows:
             reading[1] = row
             try:
-                clip, rate = audio._load_clip(self.paths[row])
+                recording = audio.load_recording(self.paths[row])
             except InputError as error:
                 batch.failures[row] = str(error)
                 continue
             batch.rows.append(row)
-            batch.rates[rate] += 1
-            batch.digests.append(hashlib.blake2b(clip.numpy(), digest_size=16).digest())
-            clips.append(clip)
+            batch.rates.append(recording.rate)
+            digest = hashlib.blake2b(recording.clip.numpy(), digest_size=16).digest()
+            batch.digests.append(digest)
+            clips.append(recording.clip)
         reading[1] = -1
         if not clips:
             return batch

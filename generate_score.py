@@ -32,7 +32,7 @@ import dataset
 import frontends
 import model
 from dataset import FAKE, REAL, ClipBatch, Trial
-from formats import protocols, score_files, torch_files
+from formats import audio, protocols, score_files, torch_files
 from frontends import DEFAULT_SSL, FrontEnd
 from runtime import cli, devices, ranks
 from runtime.cli import InputError
@@ -269,7 +269,7 @@ class Scorer:
         ) as bar:
             for _ in part.batches:
                 batch = next(decoded)
-                scored.rates += batch.rates
+                scored.rates.update(batch.rates)
                 for row, reason in batch.failures.items():
                     scored.failures[row - part.rows.start] = reason
                 for row, clip, digest in zip(batch.rows, batch.clips, batch.digests, strict=True):
@@ -541,6 +541,7 @@ def describe_scores(
         "feat": head.feat,
         "scores": "logit difference" if args.llr else "softmax(logits)[real]",
         "precision": args.precision,
+        "resampler": audio.RESAMPLER,
         "model": head.info,
         "run": run_info(device),
     }

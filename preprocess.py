@@ -287,7 +287,7 @@ def run_plan(
             features = compute(front_end, batch.clips, size, device)
             failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
             outcome.failures |= failures
-            outcome.rates += batch.rates
+            outcome.rates.update(batch.rates)
             if failures:
                 n_failed_here = n_failed.add(len(failures)) + len(plan.absent)
             if n_failed_here > plan.n_allowed:

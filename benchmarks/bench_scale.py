@@ -149,11 +149,10 @@ def stand_in_listing(rows: int) -> Callable[..., list[str]]:
     return listing
 
 
-def stand_in_clip(path: str) -> tuple[torch.Tensor, int]:
+def stand_in_clip(path: str) -> audio.Recording:
     """A clip that only this path has: its last characters."""
-    return torch.tensor(
-        list(path[-CLIP_SAMPLES:].encode()), dtype=torch.float32
-    ), dataset.SAMPLE_RATE
+    clip = torch.tensor(list(path[-CLIP_SAMPLES:].encode()), dtype=torch.float32)
+    return audio.Recording(clip, dataset.SAMPLE_RATE)
 
 
 class CheapFrontEnd(frontends.FrontEnd):
@@ -196,7 +195,7 @@ def measure(args: argparse.Namespace, run: Callable[[], None], owner: object, na
     with (
         mock.patch.object(owner, name, timed),
         mock.patch.object(os, "listdir", stand_in_listing(args.rows)),
-        mock.patch.object(audio, "_load_clip", stand_in_clip),
+        mock.patch.object(audio, "load_recording", stand_in_clip),
         mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES),
         mock.patch.object(preprocess, "FLUSH_EVERY", 2**14),
         mock.patch.dict(dataset.FEATURE_SHAPES, {"mel": SHAPE}),

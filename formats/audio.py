@@ -6,22 +6,32 @@ import math
 import os
 import re
 import stat
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import soxr
 import torch
-import torchaudio
 from torch import Tensor
 
 from runtime.cli import InputError
 
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 64_600  # 4.04 s, the published clip length
+FASTEST_RATE = 768_000  # Hz; converters go no higher
+LOOK_AHEAD = 4096  # samples at the lower of the two rates; 1024 do up to 96 kHz
+RESAMPLER = f"soxr {soxr.__version__} HQ"  # what makes clips of files that are not at 16 kHz
 
 
 # ── Clips ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Recording(NamedTuple):
+    """A clip, and how its file was read."""
+
+    clip: Tensor  # (64600,) float32
+    rate: int  # the file's own, Hz; RESAMPLER made the clip where it is not 16 kHz
 
 
 def load_clip(path: str | Path) -> Tensor:
@@ -31,27 +41,27 @@ def load_clip(path: str | Path) -> Tensor:
     64,600 samples, a shorter recording repeated end to end and cut.
 
     Raises:
-        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file announces, or samples, of those
-            that are used, that are not finite.
+        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file
+            announces, or samples, of those that are used, that are not finite.
     """
-    return _load_clip(path)[0]
+    return load_recording(path).clip
 
 
-def _load_clip(path: str | Path) -> tuple[Tensor, int]:
-    """The clip and the file's own sampling rate in Hz."""
+def load_recording(path: str | Path) -> Recording:
+    """load_clip(), and how the file was read."""
     samples, rate = _read_start(path)
+    clip = samples
     if rate != SAMPLE_RATE:
-        samples = resample(samples, rate)
-    if not torch.isfinite(samples).all():
+        clip = resample(samples, rate)[:CLIP_SAMPLES]
+    if not np.isfinite(samples).all() or not np.isfinite(clip).all():
         raise InputError(
-            f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute with); repair the file or "
-            "take it out"
+            f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute "
+            "with); repair the file or take it out"
         )
-    copies = -(-CLIP_SAMPLES // len(samples))
-    return samples.repeat(copies)[:CLIP_SAMPLES].contiguous(), rate
+    return Recording(torch.from_numpy(np.resize(clip, CLIP_SAMPLES)), rate)
 
 
-def _read_start(path: str | Path) -> tuple[Tensor, int]:
+def _read_start(path: str | Path) -> tuple[np.ndarray, int]:
     """As many mono samples, at the file's own rate, as a clip is made of."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
@@ -61,7 +71,8 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             if not 1 <= file.samplerate <= FASTEST_RATE:
                 raise InputError(
-                    f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got {file.samplerate}"
+                    f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got "
+                    f"{file.samplerate}"
                 )
             wanted = _samples_needed(file.samplerate)
             step = max(
@@ -94,7 +105,7 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
         raise InputError(
             f"{path}: expected audio, found no samples in it; fetch the file again or take it out"
         )
-    return torch.from_numpy(np.concatenate(blocks)), rate
+    return np.concatenate(blocks), rate
 
 
 # What libsndfile reports of the chunk with the samples, in WAV, AIFF and AU.
@@ -112,65 +123,27 @@ def _require_whole(path: str | Path, report: str) -> None:
             )
 
 
-# librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its documentation gives them).
-ZERO_CROSSINGS, ROLLOFF, KAISER_BETA = 64, 0.9475937167399596, 14.769656459379492
-FASTEST_RATE = 768_000  # Hz; converters go no higher, and the filter's length grows with the rate
-LARGEST_KERNEL = 2**22  # weights; only odd rates such as 44,101 Hz need more than a few thousand
+# ── Sampling rates ───────────────────────────────────────────────────────────────────────────────
 
 
-def resample(samples: Tensor, rate: int) -> Tensor:
-    """Band-limited interpolation of (n,) float32 from `rate` Hz to (ceil(16000 n / rate),) at 16 kHz."""
-    common = math.gcd(rate, SAMPLE_RATE)
-    phases, period = SAMPLE_RATE // common, rate // common
-    if phases * (2 * _filter_reach(rate) + period) > LARGEST_KERNEL:
-        return _resample_directly(samples, rate)
-    return _resampler(rate)(samples)
+def resample(samples: np.ndarray, rate: int) -> np.ndarray:
+    """(n,) float32 at `rate` Hz -> (ceil(16000 n / rate),) float32 at 16 kHz.
 
-
-@lru_cache(maxsize=16)
-def _resampler(rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(
-        rate,
-        SAMPLE_RATE,
-        resampling_method="sinc_interp_kaiser",
-        lowpass_filter_width=ZERO_CROSSINGS,
-        rolloff=ROLLOFF,
-        beta=KAISER_BETA,
-    )
-
-
-def _resample_directly(samples: Tensor, rate: int) -> Tensor:
-    """The same windowed sinc, evaluated at each output instant.
-
-    A rate without a small ratio to 16 kHz would need a polyphase kernel of gigabytes.
+    What librosa.load() has done since its version 0.10, and with it the published scores: soxr's
+    HQ. soxr rounds the length; librosa pads it with zeros, or cuts it, to the next whole sample.
     """
-    cutoff = min(rate, SAMPLE_RATE) * ROLLOFF  # Hz, twice the band that is kept
-    reach = _filter_reach(rate)
-    padded = torch.nn.functional.pad(samples.double(), (reach, reach + 1))
-    taps = torch.arange(-reach, reach + 1)
-    out = []
-    for instants in torch.arange(math.ceil(len(samples) * SAMPLE_RATE / rate)).split(1024):
-        centre = instants * rate // SAMPLE_RATE  # the input sample at or before each instant
-        index = centre[:, None] + taps  # (n, 2 * reach + 1)
-        offset = index.double() / rate - instants[:, None].double() / SAMPLE_RATE  # seconds
-        crossings = (offset * cutoff).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
-        window = torch.special.i0(KAISER_BETA * torch.sqrt(1 - (crossings / ZERO_CROSSINGS) ** 2))
-        weights = torch.sinc(crossings) * window * (cutoff / rate / np.i0(KAISER_BETA))
-        out.append((padded[index + reach] * weights).sum(dim=1))
-    return torch.cat(out).float()
-
-
-def _filter_reach(rate: int) -> int:
-    """Input samples the interpolation filter reaches to either side."""
-    return math.ceil(ZERO_CROSSINGS * rate / (min(rate, SAMPLE_RATE) * ROLLOFF))
+    n_samples = math.ceil(len(samples) * SAMPLE_RATE / rate)
+    out = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ")[:n_samples]
+    return np.pad(out, (0, n_samples - len(out)))
 
 
 def _samples_needed(rate: int) -> int:
-    """Input samples that decide the first 64,600 output samples."""
+    """Input samples that decide the first 64,600 output samples, at any rate to the last bit."""
     if rate == SAMPLE_RATE:
         return CLIP_SAMPLES
-    return (
-        math.ceil(CLIP_SAMPLES * rate / SAMPLE_RATE)
-        + _filter_reach(rate)
-        + rate // math.gcd(rate, SAMPLE_RATE)
-    )
+    return math.ceil(CLIP_SAMPLES * rate / SAMPLE_RATE) + _look_ahead(rate)
+
+
+def _look_ahead(rate: int) -> int:
+    """Samples behind the clip that its last samples depend on: soxr's filters and their blocks."""
+    return math.ceil(LOOK_AHEAD * max(rate, SAMPLE_RATE) / SAMPLE_RATE)

@@ -744,14 +744,14 @@ def test_the_file_a_dead_worker_was_reading_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [str(write_tone(tmp_path / f"clip{i}.wav", seconds=0.1)) for i in range(8)]
-    real_load = audio._load_clip
+    real_load = audio.load_recording
 
     def dies_at_the_sixth(path):
         if path == paths[5]:
             os.kill(os.getpid(), signal.SIGKILL)
         return real_load(path)
 
-    monkeypatch.setattr(audio, "_load_clip", dies_at_the_sixth)
+    monkeypatch.setattr(audio, "load_recording", dies_at_the_sixth)
     with pytest.raises(
         InputError,
         match=r"a decoding process died while it was reading \S*clip5\.wav; take that file out",
@@ -852,7 +852,7 @@ def test_a_defect_in_decoding_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
     def fails(path):
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(audio, "_load_clip", fails)
+    monkeypatch.setattr(audio, "load_recording", fails)
     with pytest.raises(RuntimeError, match="a defect"):
         list(dataset.clip_batches(["x"], [[0]], 0))
 

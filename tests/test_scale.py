@@ -60,7 +60,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(dataset, "clip_batches", clip_batches)
     monkeypatch.setattr(dataset, "CLIP_SAMPLES", bench_scale.CLIP_SAMPLES)
-    monkeypatch.setattr(audio, "_load_clip", bench_scale.stand_in_clip)
+    monkeypatch.setattr(audio, "load_recording", bench_scale.stand_in_clip)
     monkeypatch.setattr(frontends, "load_frontend", lambda *names: bench_scale.CheapFrontEnd())
 
 

@@ -309,7 +309,7 @@ def disk(bench: Bench) -> Iterator[Case]:
         out = stage.new_folder()
         with (
             mock.patch.object(os, "preadv", _slow(os.preadv)),
-            mock.patch.object(audio, "_load_clip", _slow(audio._load_clip)),
+            mock.patch.object(audio, "load_recording", _slow(audio.load_recording)),
         ):
             yield Case(f"{stage.name}: slow reads", stage.ending(out, workers=2))
 
