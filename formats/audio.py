@@ -31,7 +31,8 @@ def load_clip(path: str | Path) -> Tensor:
     64,600 samples, a shorter recording repeated end to end and cut.
 
     Raises:
-        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file announces, or samples, of those
+        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file
+            announces, or samples, of those
             that are used, that are not finite.
     """
     return _load_clip(path)[0]
@@ -44,7 +45,8 @@ def _load_clip(path: str | Path) -> tuple[Tensor, int]:
         samples = resample(samples, rate)
     if not torch.isfinite(samples).all():
         raise InputError(
-            f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute with); repair the file or "
+            f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute "
+            f"with); repair the file or "
             "take it out"
         )
     copies = -(-CLIP_SAMPLES // len(samples))
@@ -61,7 +63,8 @@ def _read_start(path: str | Path) -> tuple[Tensor, int]:
         with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
             if not 1 <= file.samplerate <= FASTEST_RATE:
                 raise InputError(
-                    f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got {file.samplerate}"
+                    f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got "
+                    f"{file.samplerate}"
                 )
             wanted = _samples_needed(file.samplerate)
             step = max(
@@ -104,22 +107,28 @@ SLACK = 128  # bytes; some writers count the header
 
 
 def _require_whole(path: str | Path, report: str) -> None:
-    """Raises InputError where a header announces more samples than the file holds, as after a broken copy."""
+    """Raises InputError where a header announces more samples than the file holds, as after a
+    broken copy.
+    """
     for announced, found in ANNOUNCED.findall(report):
         if int(found) + SLACK < int(announced) < NO_LENGTH:
             raise InputError(
-                f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch the file again or take it out"
+                f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch "
+                f"the file again or take it out"
             )
 
 
-# librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its documentation gives them).
+# librosa's kaiser_best, which the reference used, in the terms of torchaudio's resampler (its
+# documentation gives them).
 ZERO_CROSSINGS, ROLLOFF, KAISER_BETA = 64, 0.9475937167399596, 14.769656459379492
 FASTEST_RATE = 768_000  # Hz; converters go no higher, and the filter's length grows with the rate
 LARGEST_KERNEL = 2**22  # weights; only odd rates such as 44,101 Hz need more than a few thousand
 
 
 def resample(samples: Tensor, rate: int) -> Tensor:
-    """Band-limited interpolation of (n,) float32 from `rate` Hz to (ceil(16000 n / rate),) at 16 kHz."""
+    """Band-limited interpolation of (n,) float32 from `rate` Hz to (ceil(16000 n / rate),) at 16
+    kHz.
+    """
     common = math.gcd(rate, SAMPLE_RATE)
     phases, period = SAMPLE_RATE // common, rate // common
     if phases * (2 * _filter_reach(rate) + period) > LARGEST_KERNEL:
