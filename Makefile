@@ -30,7 +30,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: demo lint test bench torture clean-demo
 
-# Each step takes up what an earlier run left, so that a second `make demo` soon shows the same table.
+# Each step takes up what an earlier run left: a second `make demo` soon shows the same table.
 demo: .venv/.ready
 	python -m demo -o $(DEMO)$(if $(SPEECH), --speech $(SPEECH))
 	python preprocess.py -t codecfake -d $(DEMO)/Codecfake -f $(DEMO)/features/Codecfake $(FRONT)
