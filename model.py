@@ -48,7 +48,9 @@ class MaxFeatureMap2D(nn.Module):
 
 
 class _MaxOfHalves(torch.autograd.Function):
-    """torch.maximum(*x.chunk(2, dim=1)) with a gradient in two passes over memory instead of a dozen."""
+    """torch.maximum(*x.chunk(2, dim=1)) with a gradient in two passes over memory instead of a
+    dozen.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -102,7 +104,7 @@ class LCNN(nn.Module):
         self.fc_mu = nn.Linear(256, 2)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, frames, dim) -> embedding (B, 256), logits (B, 2) in the order REAL, FAKE."""
+        """Features (B, frames, dim) -> embedding (B, 256), logits (B, 2): REAL, FAKE."""
         features = _checked(features, FEATURE_SHAPES[self.feat], self)
         # The published LCNN sees mel as time x mel but XLS-R as dim x time.
         x = (features if self.feat == "mel" else features.transpose(1, 2)).unsqueeze(1)
@@ -131,7 +133,8 @@ class Residual_block(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, first: bool = False):
         super().__init__()
         if not first:
-            # Part of the weights, but the published forward pass overwrites its result: never computed here.
+            # Part of the weights, but the published forward pass overwrites its result: never
+            # computed here.
             self.bn1 = nn.BatchNorm2d(channels_in).requires_grad_(False)
         self.conv1 = nn.Conv2d(channels_in, channels_out, (2, 3), padding=(1, 1))
         self.bn2 = nn.BatchNorm2d(channels_out)
@@ -169,7 +172,9 @@ class GraphAttentionLayer(nn.Module):
 
 
 class HtrgGraphAttentionLayer(nn.Module):
-    """Attention within and between two kinds of nodes, with a master node that looks at all of them."""
+    """Attention within and between two kinds of nodes, with a master node that looks at all of
+    them.
+    """
 
     def __init__(self, dim_in: int, dim_out: int, temperature: float):
         super().__init__()
@@ -191,7 +196,7 @@ class HtrgGraphAttentionLayer(nn.Module):
     def forward(
         self, type1: Tensor, type2: Tensor, master: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Nodes (B, N1, in), (B, N2, in), master (B, 1, in) -> the same three with `out` features."""
+        """Nodes (B, N1, in), (B, N2, in), master (B, 1, in) -> the same with `out` features."""
         n1 = type1.shape[1]
         x = torch.cat([self.proj_type1(type1), self.proj_type2(type2)], dim=1)
         x = F.dropout(x, 0.2, self.training)  # (B, N, in)
@@ -235,7 +240,9 @@ class GraphPool(nn.Module):
 
 
 class W2VAASIST(nn.Module):
-    """The AASIST back end on frames of XLS-R: spectro-temporal graphs instead of a raw-waveform encoder."""
+    """The AASIST back end on frames of XLS-R: spectro-temporal graphs instead of a raw-waveform
+    encoder.
+    """
 
     name, feat = "W2VAASIST", "xls-r-5"
 
@@ -247,7 +254,7 @@ class W2VAASIST(nn.Module):
         self.encoder = nn.Sequential(
             *(
                 nn.Sequential(Residual_block(c_in, c_out, first=c_in == 1))
-                for c_in, c_out in zip(channels, channels[1:])
+                for c_in, c_out in zip(channels, channels[1:], strict=False)
             )
         )
         self.first_bn1 = nn.BatchNorm2d(64)
@@ -295,7 +302,9 @@ class W2VAASIST(nn.Module):
                 self.pool_hS2,
             ),
         )
-        temporal, spectral, master = (torch.maximum(one, other) for one, other in zip(*branches))
+        temporal, spectral, master = (
+            torch.maximum(one, other) for one, other in zip(*branches, strict=True)
+        )
         embedding = torch.cat(
             [
                 temporal.abs().amax(dim=1),
@@ -328,14 +337,17 @@ class W2VAASIST(nn.Module):
         pool_temporal: nn.Module,
         pool_spectral: nn.Module,
     ) -> list[Tensor]:
-        """One of the two parallel heterogeneous stacks -> temporal (B, 16, 32), spectral (B, 10, 32), master (B, 1, 32)."""
+        """One of the two parallel heterogeneous stacks -> temporal (B, 16, 32), spectral (B, 10,
+        32), master (B, 1, 32).
+        """
         temporal, spectral, master = layer1(
             temporal, spectral, master.expand(len(temporal), -1, -1)
         )
         nodes = pool_temporal(temporal), pool_spectral(spectral), master
         changes = layer2(*nodes)
         return [
-            F.dropout(node + change, 0.2, self.training) for node, change in zip(nodes, changes)
+            F.dropout(node + change, 0.2, self.training)
+            for node, change in zip(nodes, changes, strict=True)
         ]
 
 
@@ -344,7 +356,7 @@ def _attention_weight(dim: int) -> nn.Parameter:
 
 
 def _pair_features(projection: nn.Linear, x: Tensor) -> Tensor:
-    """tanh(projection(x_i * x_j)) for every ordered pair of the nodes (B, N, in) -> (B, N, N, out)."""
+    """tanh(projection(x_i * x_j)) for each ordered pair of nodes (B, N, in) -> (B, N, N, out)."""
     return torch.tanh(projection(x.unsqueeze(2) * x.unsqueeze(1)))
 
 
@@ -354,13 +366,16 @@ def _norm_nodes(norm: nn.BatchNorm1d, x: Tensor) -> Tensor:
 
 
 def _checked(features: Tensor, expected: tuple[int, int], head: nn.Module) -> Tensor:
-    """The features in the type of the head's weights, once their shape is sure to fit; caches hand on float16."""
+    """The features in the type of the head's weights, once their shape is sure to fit; caches hand
+    on float16.
+    """
     if features.dim() != 3 or tuple(features.shape[1:]) != expected:
         fitting = [
             feat for feat, shape in FEATURE_SHAPES.items() if shape == tuple(features.shape[1:])
         ]
         raise InputError(
-            f"this {type(head).__name__} takes features (B, {expected[0]}, {expected[1]}), got {tuple(features.shape)}"
+            f"this {type(head).__name__} takes features (B, {expected[0]}, {expected[1]}), got "
+            f"{tuple(features.shape)}"
             + (f", which are those of --feat {fitting[0]}" if fitting else "")
         )
     return features.to(next(head.parameters()).dtype)
@@ -383,10 +398,12 @@ def build_head(name: str, feat: str) -> LCNN | W2VAASIST:
 
 
 def load_head(path: str | Path) -> LCNN | W2VAASIST:
-    """A trained head in eval mode on the CPU; its `.feat` names the front end, its `.info` how it came about.
+    """A trained head in eval mode on the CPU; its `.feat` names the front end, its `.info` how it
+    came about.
 
     Args:
-        path: a checkpoint of ours, a released pickle (also wrapped in DataParallel), a plain state dict,
+        path: a checkpoint of ours, a released pickle (also wrapped in DataParallel), a plain state
+            dict,
             or a folder holding `anti-spoofing_feat_model.pt`.
 
     Raises:
@@ -460,7 +477,8 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if wrong := sorted(set(shape.items()) ^ set(expected.items())):
         raise InputError(
-            f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes differ, "
+            f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes "
+            f"differ, "
             f"first: {wrong[0][0]} {wrong[0][1]})"
         )
     if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
@@ -491,7 +509,8 @@ def main(argv: list[str] | None = None) -> None:
     save_head(args.out, head, head.info | {"feat": head.feat, "labels": ["real", "fake"]})
     n = sum(tensor.numel() for tensor in head.state_dict().values())
     print(
-        f"{args.out}: {head.name} on {head.feat}, {n:,} parameters and buffers; {json.dumps(head.info)}"
+        f"{args.out}: {head.name} on {head.feat}, {n:,} parameters and buffers; "
+        f"{json.dumps(head.info)}"
     )
 
 

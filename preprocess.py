@@ -2,7 +2,7 @@
 
     python preprocess.py                      # Codecfake, xls-r-5, train and dev
     python preprocess.py -t 19LA --feat mel
-    python preprocess.py --verify             # read a cache back; with --repair redo what is damaged
+    python preprocess.py --verify             # read a cache back; --repair redoes damaged rows
 
 Reads the protocols and audio under -d, writes `<features>/{train,dev}/<feat>/` (see
 formats/feature_cache.py). Stopped at any moment, the same command goes on where it was.

@@ -1,8 +1,10 @@
-"""Every stage timed against the reference's way, in one run.    python -m benchmarks.bench [--quick]
+"""Every stage timed against the reference's way, in one run.
 
-Prints Markdown: seconds of either way (median of n), their ratio, and how far the results lie apart. Audio is
-made up, and XLS-R has its full 300M configuration and random weights: neither changes the speed. --quick uses a
-tiny network and few clips: it shows that all runs, no more.
+    python -m benchmarks.bench [--quick]
+
+Prints Markdown: seconds of either way (median of n), their ratio, and how far the results lie
+apart. Audio is made up, and XLS-R has its full 300M configuration and random weights: neither
+changes the speed. --quick uses a tiny network and few clips: it shows that all runs, no more.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +40,8 @@ from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial, read_ahead
 from formats.feature_cache import CacheWriter, FeatureCache
 from runtime import devices
 
-# Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC of wav2vec 2.0 at 64,600 samples).
+# Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC
+# of wav2vec 2.0 at 64,600 samples).
 FLOPS = {"convolutions": 20e9, "positions": 3.4e9, "block": 5.1e9}
 
 
@@ -157,7 +161,9 @@ def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
 
 
 def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
-    """A wav2vec 2.0 of XLS-R 300M's configuration whose weights are random; hidden size 1024 either way, which the heads need."""
+    """A wav2vec 2.0 of XLS-R 300M's configuration whose weights are random; hidden size 1024 either
+    way, which the heads need.
+    """
     import transformers
 
     sizes = (
@@ -181,12 +187,14 @@ def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
 
 
 def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each task after one run to warm up; several take turns, so that a machine's moods meet them alike."""
+    """Median seconds of each task after one run to warm up; several take turns, so that a machine's
+    moods meet them alike.
+    """
     seconds: list[list[float]] = [[] for _ in tasks]
     for task in tasks:
         task()
     for _ in range(repeats):
-        for taken, task in zip(seconds, tasks):
+        for taken, task in zip(seconds, tasks, strict=True):
             start = time.perf_counter()
             task()
             if torch.cuda.is_available():
@@ -196,7 +204,9 @@ def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def in_its_own_process(function: Callable[..., Any], s: Setting, *arguments: Any) -> Any:
-    """For what pick_device() sets for a whole process (glibc's memory), which the reference's way must not profit from."""
+    """For what pick_device() sets for a whole process (glibc's memory), which the reference's way
+    must not profit from.
+    """
     with ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), initializer=settle, initargs=(s.device,)
     ) as pool:
@@ -204,7 +214,9 @@ def in_its_own_process(function: Callable[..., Any], s: Setting, *arguments: Any
 
 
 def settle(device: torch.device) -> None:
-    """Make a GPU the current one, and float32 float32: torch's TF32 would else decide how far the two ways lie apart."""
+    """Make a GPU the current one, and float32 float32: torch's TF32 would else decide how far the
+    two ways lie apart.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     devices.set_precision("fp32", device)
@@ -216,7 +228,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         size = 8192 if device.type == "cuda" else 2048 if name == "fp32" else 512
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        (seconds,) = in_turns(lambda: a @ b, repeats=5)
+        (seconds,) = in_turns(partial(torch.matmul, a, b), repeats=5)
         found[name] = 2 * size**3 / seconds
     return found
 
@@ -235,7 +247,8 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
         if precision == "bf16" and not devices.has_bf16(s.device):
             notes.append(
                 "bf16: this device has no bfloat16 arithmetic "
-                f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it."
+                f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 "
+                f"{ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it."
             )
             continue
         ours, features, parts = in_its_own_process(_extract_here, s, precision)
@@ -252,9 +265,12 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
         )
         flops = FLOPS["convolutions"] + FLOPS["positions"] + 5 * FLOPS["block"]
         notes.append(
-            f"extraction {precision}: {s.clips / ours:.2f} clips/s; five blocks take {flops / 1e9:.0f} GFLOP a clip and the reference's 24 "
-            f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives {(flops + 19 * FLOPS['block']) / flops:.1f}; "
-            f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' ceiling. Time goes to "
+            f"extraction {precision}: {s.clips / ours:.2f} clips/s; five blocks take "
+            f"{flops / 1e9:.0f} GFLOP a clip and the reference's 24 "
+            f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives "
+            f"{(flops + 19 * FLOPS['block']) / flops:.1f}; "
+            f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' "
+            f"ceiling. Time goes to "
             + ", ".join(
                 f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()
             )
@@ -354,7 +370,9 @@ def _make_cache(s: Setting, rows: int, dtype: str = "float16") -> FeatureCache:
 
 
 def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
-    """Shuffled batches of 128 from a disk whose page cache is empty: pickled files through a DataLoader, and the cache."""
+    """Shuffled batches of 128 from a disk whose page cache is empty: pickled files through a
+    DataLoader, and the cache.
+    """
     theirs = s.folder / "cold"
     theirs.mkdir()
     cache = _make_cache(s, s.rows)
@@ -386,7 +404,8 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
     seconds = {name: median(values) for name, values in taken.items()}
     total = sum(path.stat().st_size for path in shards)
     note = (
-        f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
+        f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} "
+        f"rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
         f"reading the same files from end to end {total / seconds['in sequence'] / 1e9:.2f} GB/s."
     )
     return [
@@ -424,7 +443,7 @@ def training(s: Setting, ceilings: dict[str, float]) -> Found:
             if precision == "bf16" and not devices.has_bf16(s.device):
                 continue
             ours, losses = in_its_own_process(_train, s, name, feat, precision)
-            apart = max(abs(a - b) for a, b in zip(losses, their_losses))
+            apart = max(abs(a - b) for a, b in zip(losses, their_losses, strict=True))
             rows.append(
                 Row(
                     f"training step {name}, batch {s.batch}, {precision}, a clip",
@@ -473,10 +492,13 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
 
 
 def training_from_cache(s: Setting, ceilings: dict[str, float]) -> Found:
-    """W2V2-AASIST over rows of a cache as main_train.py reads them: how much of the time is spent waiting for features."""
+    """W2V2-AASIST over rows of a cache as main_train.py reads them: how much of the time is spent
+    waiting for features.
+    """
     seconds, waited, clips = in_its_own_process(_train_from_cache, s)
     return [], [
-        f"training W2V2-AASIST from a cache, float32: {clips / seconds:.0f} clips/s; waiting for features takes {100 * waited / seconds:.1f} % of it."
+        f"training W2V2-AASIST from a cache, float32: {clips / seconds:.0f} clips/s; waiting for "
+        f"features takes {100 * waited / seconds:.1f} % of it."
     ]
 
 
@@ -570,12 +592,13 @@ def several_models(s: Setting, ceilings: dict[str, float]) -> Found:
     return [
         Row("scoring with five models, in five passes and in one", "3.1", 5 * one, five, "s", "-")
     ], [
-        f"five models in one pass cost {five / one:.2f} times what one costs (target: at most {1.3 if s.device.type == 'cuda' else 1.6})."
+        f"five models in one pass cost {five / one:.2f} times what one costs (target: at most "
+        f"{1.3 if s.device.type == 'cuda' else 1.6})."
     ]
 
 
 def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
-    """Six subsets, the same real clips in each: half of each is scored once instead of six times."""
+    """Six subsets with the same real clips: these are scored once instead of six times."""
     half = max(s.clips // 8, 2)
     seconds = in_its_own_process(_score_subsets, s, half)
     return [
@@ -587,7 +610,8 @@ def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
             "equal",
         )
     ], [
-        f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 of the clips)."
+        f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 "
+        f"of the clips)."
     ]
 
 
@@ -619,7 +643,8 @@ def evaluation(s: Setting, ceilings: dict[str, float]) -> Found:
     genfromtxt, ours, resampled, trials = bench_evaluate.measure(None)
     return [
         Row(
-            f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads them)",
+            f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads "
+            f"them)",
             "2",
             genfromtxt,
             ours,
@@ -662,9 +687,12 @@ def report(
     lines = [
         "# Measured",
         "",
-        f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch {torch.__version__}, Python "
-        f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of them the reference's way), batches of {s.batch} in training.",
-        f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.",
+        f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch "
+        f"{torch.__version__}, Python "
+        f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of "
+        f"them the reference's way), batches of {s.batch} in training.",
+        f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} "
+        f"GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.",
         "",
         f"| {' | '.join(head)} |",
         "| :-- | --: | --: | :-- | --: | --: | :-- |",

@@ -1,12 +1,15 @@
-"""What cheaper features cost in EER: each subset scored from exact, bfloat16, float16 and 8-bit features. Prints Markdown.
+"""What cheaper features cost in EER: exact, bfloat16, float16 and 8-bit ones, subset by subset.
+
+Prints Markdown.
 
     python -m benchmarks.bench_parity [-t TASK] [-d CORPUS] [--model_folder HEAD ...] [--ssl ID|DIR]
 
-Features are computed once in float32 and once with bfloat16 arithmetic; the float32 ones also pass through
-the cache's own encoding. A difference inside the 95 % bootstrap interval of the float32 EER is smaller than
-what other utterances of the same kind would make. Without --ssl, heads on xls-r-5 get a small wav2vec 2.0 with
-random weights: their EERs then mean nothing, only the differences do. Without -d and --model_folder, the
-reference corpus and the released weights beside the project are taken.
+Features are computed once in float32 and once with bfloat16 arithmetic; the float32 ones also pass
+through the cache's own encoding. A difference inside the 95 % bootstrap interval of the float32 EER
+is smaller than what other utterances of the same kind would make. Without --ssl, heads on xls-r-5
+get a small wav2vec 2.0 with random weights: their EERs then mean nothing, only the differences do.
+Without -d and --model_folder, the reference corpus and the released weights beside the project are
+taken.
 """
 
 from __future__ import annotations
@@ -22,8 +25,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-REPO = Path(__file__).resolve().parent.parent
-
 import dataset
 import eval_metrics
 import frontends
@@ -37,6 +38,7 @@ from formats.score_files import Scores
 from runtime import cli, devices
 from runtime.cli import InputError
 
+REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO.parent / "shared" / "reference"
 TYPES = ("float32", "bf16 front end", "float16 cache", "sqrt8 cache")
 
@@ -80,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = args.model_folder or sorted((REFERENCE / "checkpoints").glob("*"))
     if not folders or not root.is_dir():
         print(
-            "## EER parity\n\nNot measured: the reference corpus and the released weights do not lie beside the project; name others with -d and --model_folder."
+            "## EER parity\n\nNot measured: the reference corpus and the released weights do not "
+            "lie beside the project; name others with -d and --model_folder."
         )
         return
     device = devices.pick_device(args.gpu)
@@ -102,15 +105,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             for feat in {head.feat for head in heads.values()}
         }
     print(
-        f"## EER parity\n\nEER (%) on {args.task}, {sum(map(len, subsets.values()))} clips; {device}, torch {torch.__version__}; "
+        f"## EER parity\n\nEER (%) on {args.task}, {sum(map(len, subsets.values()))} clips; "
+        f"{device}, torch {torch.__version__}; "
         f"interval: {bootstrap.COVERAGE:.0%}, {bootstrap.N_RESAMPLES} resamples\n"
     )
     if not args.ssl and "xls-r-5" in front_ends:
         print(
-            "xls-r-5 comes from a small wav2vec 2.0 with RANDOM weights: the EERs themselves mean nothing.\n"
+            "xls-r-5 comes from a small wav2vec 2.0 with RANDOM weights: the EERs themselves mean "
+            "nothing.\n"
         )
     print(
-        "| head | subset | features | EER | difference | interval of float32 | inside | log-likelihood ratio moves by at most |\n"
+        "| head | subset | features | EER | difference | interval of float32 | inside | "
+        "log-likelihood ratio moves by at most |\n"
         "| :-- | :-- | :-- | --: | --: | :-: | :-: | --: |"
     )
     for subset, trials in subsets.items():
@@ -178,8 +184,9 @@ def features_of(
 
 
 class RoundedToBf16(torch.overrides.TorchFunctionMode):
-    """bfloat16 products as hardware makes them, with float32 sums, on a CPU that would take minutes: operands are
-    bfloat16 already, so computing in float32 and rounding the result is the same arithmetic."""
+    """bfloat16 products as hardware makes them, with float32 sums, on a CPU that would take
+    minutes: operands are bfloat16 already, so computing in float32 and rounding the result is the
+    same arithmetic."""
 
     COSTLY = ("addmm", "addmm_", "linear", "layer_norm", "gelu", "scaled_dot_product_attention")
 
@@ -212,20 +219,23 @@ def rows_of(head: str, subset: str, trials: list[Trial], llrs: np.ndarray) -> li
         return [f"| {head} | {subset} | | - | | | | one class only |"]
     low, high = exact.interval.low, exact.interval.high
     rows = []
-    for kind, scores in zip(TYPES, llrs):
+    for kind, scores in zip(TYPES, llrs, strict=True):
         eer, moved = (
             100 * eval_metrics.compute_eer(scores[is_real], scores[~is_real])[0],
             np.abs(scores - llrs[0]).max(),
         )
         rows.append(
-            f"| {head} | {subset} | {kind} | {eer:.3f} | {eer - 100 * exact.point.eer:+.3f} | {low:.3f} .. {high:.3f} "
+            f"| {head} | {subset} | {kind} | {eer:.3f} | {eer - 100 * exact.point.eer:+.3f} | "
+            f"{low:.3f} .. {high:.3f} "
             f"| {'yes' if low <= eer <= high else 'NO'} | {moved:.4f} |"
         )
     return rows
 
 
 def save_random_wav2vec2(folder: Path) -> None:
-    """A small wav2vec 2.0 of XLS-R's kind with its hidden size; LayerNorms random, as after training."""
+    """A small wav2vec 2.0 of XLS-R's kind with its hidden size; LayerNorms random, as after
+    training.
+    """
     import transformers
 
     torch.manual_seed(1)

@@ -2,12 +2,13 @@
 
     python -m benchmarks.bench_scale [--rows N] [--num_workers N]
 
-Each script's own main() runs from end to end in a process of its own, on the CPU. Stood in for are the audio
-files (the folder's listing and the clips, 16 samples each), the front end and the head (a linear layer on
-features 5 x 8), so that memory which grows with the corpus shows and the rest stays small. The last row of the
-table trains some steps on full-sized rows, 201 x 1024 in sqrt8, of which a sparse file holds as many.
-"Above the imports" is what a process takes beyond a fresh one with all modules loaded. Memory of
-workers counts pages they share with the main process; training reads in threads and has none.
+Each script's own main() runs from end to end in a process of its own, on the CPU. Stood in for are
+the audio files (the folder's listing and the clips, 16 samples each), the front end and the head (a
+linear layer on features 5 x 8), so that memory which grows with the corpus shows and the rest stays
+small. The last row of the table trains some steps on full-sized rows, 201 x 1024 in sqrt8, of which
+a sparse file holds as many. "Above the imports" is what a process takes beyond a fresh one with all
+modules loaded. Memory of workers counts pages they share with the main process; training reads in
+threads and has none.
 """
 
 from __future__ import annotations
@@ -69,10 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         PARTS[args.part](args)
         return
     print(
-        f"## Memory and start-up\n\n{args.rows:,} rows, {args.num_workers} workers; {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
+        f"## Memory and start-up\n\n{args.rows:,} rows, {args.num_workers} workers; "
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
     )
     print(
-        "| run | start-up, s | of it CPU | whole run, s | peak MiB | above the imports, MiB | peak MiB of a worker |\n"
+        "| run | start-up, s | of it CPU | whole run, s | peak MiB | above the imports, MiB | peak "
+        "MiB of a worker |\n"
         "| :-- | --: | --: | --: | --: | --: | --: |"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -80,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in PARTS:
             found = measured_apart(part, folder, args)
             print(
-                f"| {part} | {found['start_wall']:.1f} | {found['start_cpu']:.1f} | {found['whole']:.0f} | {found['peak']:.0f} | "
+                f"| {part} | {found['start_wall']:.1f} | {found['start_cpu']:.1f} | "
+                f"{found['whole']:.0f} | {found['peak']:.0f} | "
                 f"{found['peak'] - found['imports']:.0f} | {found['worker']:.0f} |",
                 flush=True,
             )
@@ -100,7 +104,7 @@ def measured_apart(part: str, folder: str, args: argparse.Namespace) -> dict[str
         "--num_workers",
         str(args.num_workers),
     ]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{part} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

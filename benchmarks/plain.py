@@ -1,8 +1,9 @@
-"""The reference's way of doing things, written anew and plainly: what the benchmarks measure against.
+"""The reference's way of doing things, written anew and plainly: what the benchmarks measure
+against.
 
-One clip at a time through all 24 blocks in float32, a pickled file a clip, a DataLoader over those files,
-the heads as published (with the batch norms whose results they throw away), one clip at a time again
-for scoring.
+One clip at a time through all 24 blocks in float32, a pickled file a clip, a DataLoader over those
+files, the heads as published (with the batch norms whose results they throw away), one clip at a
+time again for scoring.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What the whole job costs, on this machine and as an estimate on GPUs: writes SCALE.md beside this script.
+"""What the whole job costs, on this machine and as an estimate on GPUs: writes SCALE.md beside this
+script.
 
     python -m benchmarks.scale [-o FILE] [--front_end CLIPS/S] [--gpu_tflops ...]
 
-Rates of this machine that are not given as options are measured first, in about a minute, on made-up clips
-and the full XLS-R 300M configuration with random weights (its first five blocks, as everywhere here).
+Rates of this machine that are not given as options are measured first, in about a minute, on
+made-up clips and the full XLS-R 300M configuration with random weights (its first five blocks, as
+everywhere here).
 """
 
 from __future__ import annotations
@@ -115,7 +117,9 @@ def seconds(job: Job, machine: Machine, row_bytes: float, audio_bytes: float) ->
 
 
 def hours(busy: dict[str, float], machine: Machine) -> tuple[float, str]:
-    """(duration, what limits it): resources work side by side, but for decoding and networks on the same cores."""
+    """(duration, what limits it): resources work side by side, but for decoding and networks on the
+    same cores.
+    """
     together = (
         busy["decode"] + busy["compute"]
         if machine.one_processor
@@ -319,7 +323,9 @@ def fill_in(args: argparse.Namespace, folder: Path) -> None:
 
 
 def on_gpus(count: int, here: Machine, args: argparse.Namespace) -> Machine:
-    """An estimate: the networks at a share of the GPUs' peak, decoding on their cores, one disk for all."""
+    """An estimate: the networks at a share of the GPUs' peak, decoding on their cores, one disk for
+    all.
+    """
     gflops = count * args.gpu_tflops * 1e3
     return Machine(
         f"{count} GPU{'s' * (count > 1)}",
@@ -339,7 +345,8 @@ def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str
     lines = [
         "# What the whole job costs",
         "",
-        f"Written by `benchmarks/scale.py`; {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+        f"Written by `benchmarks/scale.py`; {os.cpu_count()} cores, {platform.machine()}, torch "
+        f"{torch.__version__}, "
         f"torch threads: {torch.get_num_threads()}; W2V2-AASIST on xls-r-5, cache in {args.dtype}.",
         "",
         "| figure | value | source |",
@@ -368,7 +375,8 @@ def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str
         lines.append(f"| {text} | {getattr(args, name):.4g} | assumed (`--{name}`) |")
     lines += [
         "",
-        f"## Hours and what limits them (**{machines[0].name}: computed from measured rates; GPUs: an estimate, not measured**)",
+        f"## Hours and what limits them (**{machines[0].name}: computed from measured rates; GPUs: "
+        f"an estimate, not measured**)",
         "",
         "| job | " + " | ".join(machine.name for machine in machines) + " |",
         "| :-- |" + " --: |" * len(machines),
@@ -385,7 +393,8 @@ def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str
         )
     lines += [
         "",
-        "decode: reading audio and cached rows on the CPU cores; compute: front end and head; disk: bytes of audio and cache. They work side by "
+        "decode: reading audio and cached rows on the CPU cores; compute: front end and head; "
+        "disk: bytes of audio and cache. They work side by "
         "side; on this machine decoding and networks share the cores and add up.",
         "",
         "## Bytes on the disk, GB",

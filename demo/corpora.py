@@ -1,12 +1,14 @@
-"""Build miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, in their exact layouts, to try the pipeline on.
+"""Build miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, in their exact layouts, to try
+the pipeline on.
 
     python -m demo                              # data/demo/{Codecfake,LA,ITW}, synthetic voices
     python -m demo --speech LibriSpeech         # the same from your own recordings
 
-Codecfake's fakes are copies by real codecs that libsndfile encodes and decodes; A1..A3, LA's attacks and In-the-Wild's
-fakes are vocoder-like resynthesis. Real and fake take the same last steps to a file, so that no level, length or header
-tells them apart, and no speaker of a test set is heard in training. Also writes README.txt, and speakers.csv: who speaks
-in each file and what made it. The same seed gives the same bytes.
+Codecfake's fakes are copies by real codecs that libsndfile encodes and decodes; A1..A3, LA's
+attacks and In-the-Wild's fakes are vocoder-like resynthesis. Real and fake take the same last steps
+to a file, so that no level, length or header tells them apart, and no speaker of a test set is
+heard in training. Also writes README.txt, and speakers.csv: who speaks in each file and what made
+it. The same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ NOISE_FLOOR = (-62.0, -52.0)  # dBFS of the noise added to every file
 PAUSE = 30  # dB below the loudest 20 ms
 # Gain over frequency (Hz). The gap at 4 kHz hides where the two half bands of a codec meet.
 BAND = {0: 0, 60: 0, 100: 1, 3850: 1, 3950: 0, 4050: 0, 4150: 1, 6800: 1, 7200: 0, 8000: 0}
-# Group delay, seconds, at every 100 Hz: spreads pulses out, so that peaks do not tell a voice from a vocoder.
+# Group delay, seconds, at every 100 Hz: spreads pulses out, so that peaks do not tell a voice from
+# a vocoder.
 DELAY = np.random.default_rng(1).uniform(-0.008, 0.008, 81)
 FADE = SAMPLE_RATE // 200  # 5 ms
 FRAME = SAMPLE_RATE // 50  # 20 ms
@@ -113,9 +116,11 @@ def build(
     scale: float = 1.0,
     workers: int | None = None,
 ) -> None:
-    """Build the three corpora in `out`, `scale` times the usual number of clips, or reuse them if they are there.
+    """Build the three corpora in `out`, `scale` times the usual number of clips, or reuse them if
+    they are there.
 
-    The folder appears when it is whole. Raises InputError, and touches nothing, where `out` holds anything else.
+    The folder appears when it is whole. Raises InputError, and touches nothing, where `out` holds
+    anything else.
     """
     settings = {"recipe": RECIPE, "seed": seed, "scale": scale, "speech": _fingerprint(speech)}
     if _is_there(out, settings):
@@ -144,7 +149,8 @@ def build(
     print(f"{out}: {sum(1 + len(file.also) for file in files)} files of {voices}")
 
 
-# --- whose clips ------------------------------------------------------------------------------------
+# --- whose clips
+# ------------------------------------------------------------------------------------
 
 
 def _synthetic(seed: int, scale: float) -> tuple[Parts, str]:
@@ -161,14 +167,18 @@ def _synthetic(seed: int, scale: float) -> tuple[Parts, str]:
 
 
 def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
-    """The same from recordings: speakers are dealt to the groups, most clips first, to where most are missing."""
+    """The same from recordings: speakers are dealt to the groups, most clips first, to where most
+    are missing.
+    """
     wanted = {group: _n_wanted(group, scale) for group in SPEAKERS}
     speakers, skipped = find_clips(folder, sum(wanted.values()), _generator(seed, "recordings"))
     _say_skipped(skipped)
     if len(speakers) < len(SPEAKERS):
         raise cli.InputError(
-            f"{folder}: found {len(speakers)} speakers with recordings that can be used, expected at least "
-            f"{len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each ({', '.join(sorted(SUFFIXES))})"
+            f"{folder}: found {len(speakers)} speakers with recordings that can be used, expected "
+            f"at least "
+            f"{len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each "
+            f"({', '.join(sorted(SUFFIXES))})"
         )
     pools: dict[str, list[Clip]] = {group: [] for group in SPEAKERS}
     for cuts in sorted(speakers.values(), key=len, reverse=True):
@@ -179,7 +189,8 @@ def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
         pools[group] = [replace(pool[i], number=n) for n, i in enumerate(order, start=1)]
         if len(pool) < wanted[group]:
             print(
-                f"{folder}: {len(pool)} clips for {group} where {wanted[group]} would be used: that part is smaller"
+                f"{folder}: {len(pool)} clips for {group} where {wanted[group]} would be used: "
+                f"that part is smaller"
             )
     return _deal(pools, scale), f"recordings: {len(speakers)} speakers of {folder.name}"
 
@@ -200,7 +211,9 @@ def _n_clips(part: Part, scale: float) -> tuple[int, int]:
 
 
 def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
-    """Deal each group's clips to its parts, none twice; where there are too few, its parts shrink alike."""
+    """Deal each group's clips to its parts, none twice; where there are too few, its parts shrink
+    alike.
+    """
     dealt = {}
     for group, pool in pools.items():
         group_scale = scale * min(1, len(pool) / _n_wanted(group, scale))
@@ -211,14 +224,16 @@ def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
                 clips = pool[start : start + max(real, faked)]
                 if len(clips) < 2:
                     raise cli.InputError(
-                        f"too few clips to test on: {len(pool)} for the {group} sets; give more or longer recordings"
+                        f"too few clips to test on: {len(pool)} for the {group} sets; give more or "
+                        f"longer recordings"
                     )
                 dealt[name] = clips[:real], clips[:faked]
                 start += len(clips)
     return dealt
 
 
-# --- what goes where --------------------------------------------------------------------------------
+# --- what goes where
+# --------------------------------------------------------------------------------
 
 
 def _codecfake(parts: Parts, seed: int) -> Plan:
@@ -255,7 +270,9 @@ def _codecfake(parts: Parts, seed: int) -> Plan:
 
 
 def _asvspoof(parts: Parts, seed: int) -> Plan:
-    """LA; its dev and eval folders also hold files that no protocol names, as the published ones do."""
+    """LA; its dev and eval folders also hold files that no protocol names, as the published ones
+    do.
+    """
     files, protocols = [], {}
     for part, ending in {"train": "trn", "dev": "trl", "eval": "trl"}.items():
         real, faked = parts[f"LA {part}"]
@@ -270,7 +287,8 @@ def _asvspoof(parts: Parts, seed: int) -> Plan:
             utterance = f"LA_{letter}_{number}"
             files.append(File(f"{folder}/{utterance}.flac", clip, maker))
             rows.append(
-                f"LA_{clip.speaker:04d} {utterance} - {maker} {'bonafide' if maker == REAL else 'spoof'}"
+                f"LA_{clip.speaker:04d} {utterance} - {maker} "
+                f"{'bonafide' if maker == REAL else 'spoof'}"
             )
         if part != "train":
             files += [
@@ -283,7 +301,9 @@ def _asvspoof(parts: Parts, seed: int) -> Plan:
 
 
 def _in_the_wild(parts: Parts, seed: int) -> Plan:
-    """In-the-Wild as released: meta.csv beside the files it names, the speakers' names with blanks in them."""
+    """In-the-Wild as released: meta.csv beside the files it names, the speakers' names with blanks
+    in them.
+    """
     real, faked = parts["ITW"]
     made = [(clip, REAL) for clip in real] + [
         (clip, WILD[i % len(WILD)]) for i, clip in enumerate(faked)
@@ -309,7 +329,7 @@ def _real_or_fake(maker: str) -> str:
 
 
 def _lines(rows: list[str], seed: int, name: str) -> str:
-    """The rows in an order that tells nothing, some with the trailing blank of the published files."""
+    """The rows in random order, some with the trailing blank of the published files."""
     order = _generator(seed, f"order of {name}").permutation(len(rows))
     return "".join(
         f"{rows[row]}{' ' if at % TRAILING_BLANK_EVERY == 0 else ''}\n"
@@ -337,22 +357,33 @@ def _speakers(files: list[File]) -> str:
 
 
 def _readme(voices: str, seed: int) -> str:
-    return f"""Miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild, made by `python -m demo` (seed {seed}).
+    return f"""Miniatures of Codecfake, ASVspoof2019 LA and In-the-Wild.
+
+Made by `python -m demo` (seed {seed}). Results on them compare with no published figure.
 
 Real clips: {voices}.
-Fakes: F01 Opus at 6.5 kbit/s in each of two half bands, F02 Vorbis at its lowest quality, F03 GSM 06.10, F04 G.723 at
-24 kbit/s, F05 NMS ADPCM at 16 kbit/s, F06 IMA ADPCM, and, only in C7, F07 G.721 at 32 kbit/s. F03..F07 run at 16 kHz, which
-doubles the rates that their standards name for 8 kHz, and get a signal much too quiet for them; F01 and F02 are passed through
-two and four times. So the copies are far coarser than good use of these codecs: a small network has to learn in minutes.
-A1 Griffin-Lim, A2 LPC vocoder, A3 sines and noise. LA's attacks and In-the-Wild's fakes are resyntheses of these kinds and two
-more, with other settings.
-All files, real and fake: treble emphasised, pulses spread out in time, pauses muted to one noise floor, one distribution of
-level and length.
-Results on these corpora compare with no published figure.
+
+Codec copies:
+    F01 Opus at 6.5 kbit/s in each of two half bands, passed through twice
+    F02 Vorbis at its lowest quality, passed through four times
+    F03 GSM 06.10
+    F04 G.723 at 24 kbit/s
+    F05 NMS ADPCM at 16 kbit/s
+    F06 IMA ADPCM
+    F07 G.721 at 32 kbit/s, only in C7
+F03 to F07 run at 16 kHz, twice the rate of their standards, on a signal too quiet for them. All
+copies are far coarser than good use of these codecs: a small network has to learn in minutes.
+
+Other fakes: A1 Griffin-Lim, A2 LPC vocoder, A3 sines and noise; LA's attacks and In-the-Wild's
+fakes are resyntheses of these kinds and two more, with other settings.
+
+All files, real and fake: treble emphasised, pulses spread out in time, pauses muted to one noise
+floor, one distribution of level and length.
 """
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- files
+# --------------------------------------------------------------------------------------------
 
 
 def _make_all(folder: Path, files: list[File], seed: int, workers: int) -> None:
@@ -411,10 +442,11 @@ def _make(folder: Path, seed: int, clip: Clip, files: list[File]) -> int:
 
 
 def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
-    """The last steps of every file, real or fake: tone, band, level, pauses, noise floor, fades, no offset, dither, 16 bit.
+    """The last steps of every file, real or fake: tone, band, level, pauses, noise floor, fades, no
+    offset, dither, 16 bit.
 
-    A clip and its copies have one level and one floor, by the clip's number, and the pauses of the original:
-    how a codec fills a pause would tell it at once.
+    A clip and its copies have one level and one floor, by the clip's number, and the pauses of the
+    original: how a codec fills a pause would tell it at once.
     """
     n = len(clip)
     padded = np.pad(
@@ -442,7 +474,9 @@ def finish(clip: np.ndarray, gate: np.ndarray, number: int, rng: np.random.Gener
 
 
 def _spread(interval: tuple[float, float], multiple: float) -> float:
-    """Where n times an irrational number falls for n = 1, 2, 3…: evenly in the interval, however few are taken (Weyl)."""
+    """Where n times an irrational number falls for n = 1, 2, 3…: evenly in the interval, however
+    few are taken (Weyl).
+    """
     low, high = interval
     return low + (high - low) * (multiple % 1)
 
@@ -454,7 +488,7 @@ def speech_level(clip: np.ndarray) -> float:
 
 
 def speaking(clip: np.ndarray) -> np.ndarray:
-    """1 where somebody speaks, 0 in the pauses, a value a sample, with 20 ms from one to the other."""
+    """A value a sample: 1 in speech, 0 in pauses, with ramps of 20 ms between them."""
     power = _power(clip)
     loud = np.pad(power > power.max() * 10 ** (-PAUSE / 10), 1)
     loud = loud[:-2] | loud[1:-1] | loud[2:]  # and the frame before and after
@@ -476,23 +510,28 @@ def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-# --- the folder -----------------------------------------------------------------------------------------
+# --- the folder
+# -----------------------------------------------------------------------------------------
 
 
 def _is_there(out: Path, settings: dict) -> bool:
-    """True if `out` was made with these settings, False if there is nothing; anything else is an InputError."""
+    """True if `out` was made with these settings, False if there is nothing; anything else is an
+    InputError.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         found = json.loads((out / SETTINGS).read_text())
     except (OSError, ValueError):
         raise cli.InputError(
-            f"{out}: is not empty and was not made by `python -m demo`; choose another folder with -o"
+            f"{out}: is not empty and was not made by `python -m demo`; choose another folder with "
+            f"-o"
         ) from None
     if found != settings:
         changed = ", ".join(key for key in settings if found.get(key) != settings[key])
         raise cli.InputError(
-            f"{out}: was made with another {changed}; remove it (make clean-demo), or choose another folder with -o"
+            f"{out}: was made with another {changed}; remove it (make clean-demo), or choose "
+            f"another folder with -o"
         )
     return True
 
@@ -529,7 +568,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--speech",
         type=Path,
         metavar="FOLDER",
-        help="recordings of real speech, one sub-folder (or else one file) a speaker; default: synthetic voices",
+        help="recordings of real speech, one sub-folder (or else one file) a speaker; default: "
+        "synthetic voices",
     )
     parser.add_argument("--seed", type=int, default=688, help="0 or more (default: %(default)s)")
     parser.add_argument(

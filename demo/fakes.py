@@ -1,9 +1,11 @@
-"""Fakes for `python -m demo`: real codecs and vocoder-like resynthesis, each a copy of a clip, aligned and equally long.
+"""Fakes for `python -m demo`: real codecs and vocoder-like resynthesis, each a copy of a clip,
+aligned and equally long.
 
     copy = CODECS["F03"](clip)                              # GSM 06.10
     copy = RESYNTHESES["A2"](clip, rng)                     # LPC vocoder
 
-Clips are 16 kHz mono float64. The codecs are those that soundfile's own libsndfile encodes and decodes.
+Clips are 16 kHz mono float64. The codecs are those that soundfile's own libsndfile encodes and
+decodes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ WINDOW = np.hanning(FFT + 1)[:-1]
 BINS = FFT // 2 + 1
 
 
-# --- codecs ----------------------------------------------------------------------------------------
+# --- codecs
+# ----------------------------------------------------------------------------------------
 
 
 def code(
@@ -34,7 +37,8 @@ def code(
     peak: float = 0.5,
     passes: int = 1,
 ) -> np.ndarray:
-    """What the codec leaves of a clip that reaches it with this peak, after so many passes (as calls through exchanges).
+    """What the codec leaves of a clip that reaches it with this peak, after so many passes (as
+    calls through exchanges).
 
     The telephone's codecs do not ask for the rate: at 16 kHz they keep 0-8 kHz.
     """
@@ -65,13 +69,18 @@ def code(
 
 
 def code_half_bands(clip: np.ndarray, **codec: object) -> np.ndarray:
-    """For a codec that drops all above 4 kHz, far too simple a cue: 4-8 kHz, mirrored, is coded like 0-4 kHz."""
+    """For a codec that drops all above 4 kHz, far too simple a cue: 4-8 kHz, mirrored, is coded
+    like 0-4 kHz.
+    """
     low, high = (code(band, rate=SAMPLE_RATE // 2, **codec) for band in split(clip))
     return join(low, high)[: len(clip)]
 
 
 def split(clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bands 0-4 kHz and 4-8 kHz, the latter mirrored, each at 8 kHz. `join` undoes it but for the bin at 4 kHz."""
+    """The bands 0-4 kHz and 4-8 kHz, the latter mirrored, each at 8 kHz.
+
+    `join` undoes it but for the bin at 4 kHz.
+    """
     half = (len(clip) + 3) // 4 * 2
     spectrum = rfft(clip, 2 * half)
     return irfft(spectrum[: half // 2 + 1], half), irfft(spectrum[half // 2 :][::-1], half)
@@ -82,8 +91,10 @@ def join(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return irfft(np.concatenate([low[:-1], [(low[-1] + high[0]) / 2], high[1:]]))
 
 
-# At a healthy level most of these codecs are too good: Mel-LCNN, which sees power and not its logarithm, would need far
-# more clips than a demo has. They get a much too quiet signal, or several passes, and leave 5 to 10 dB of signal to noise.
+# At a healthy level most of these codecs are too good: Mel-LCNN, which sees power and not its
+# logarithm, would need far
+# more clips than a demo has. They get a much too quiet signal, or several passes, and leave 5 to 10
+# dB of signal to noise.
 # libsndfile maps the level 0..1 of Opus to 256..6 kbit/s: 0.998 is 6.5 kbit/s a band.
 CODECS = {
     "F01": partial(code_half_bands, container="OGG", subtype="OPUS", level=0.998, passes=2),
@@ -96,13 +107,16 @@ CODECS = {
 }
 
 
-# --- resynthesis -------------------------------------------------------------------------------------
+# --- resynthesis
+# -------------------------------------------------------------------------------------
 
 
 def griffin_lim(
     clip: np.ndarray, rng: np.random.Generator, n_mels: int, iterations: int
 ) -> np.ndarray:
-    """Magnitudes from a mel spectrogram, phases by Griffin and Lim (1984), starting from random ones."""
+    """Magnitudes from a mel spectrogram, phases by Griffin and Lim (1984), starting from random
+    ones.
+    """
     magnitude = _mel_envelope(_stft(clip), n_mels)
     spectrum = magnitude * np.exp(2j * np.pi * rng.random(magnitude.shape))
     for _ in range(iterations):
@@ -120,10 +134,11 @@ def vocoder(
     pitch: float = 1.0,
     tract: float = 1.0,
 ) -> np.ndarray:
-    """A source of pulses and noise, shaped frame by frame by the clip's spectral envelope and loudness.
+    """A source of pulses and noise, shaped frame by frame by the clip's spectral envelope and
+    loudness.
 
-    `envelope` is "lpc", "mel" or "cepstrum" with `order` poles, bands or coefficients. `voiced=False`
-    whispers. `pitch` and `tract` other than 1 change the voice.
+    `envelope` is "lpc", "mel" or "cepstrum" with `order` poles, bands or coefficients.
+    `voiced=False` whispers. `pitch` and `tract` other than 1 change the voice.
     """
     spectrum = _stft(clip)
     shape = _ENVELOPES[envelope](spectrum, order)
@@ -137,7 +152,9 @@ def vocoder(
 
 
 def sines_and_noise(clip: np.ndarray, rng: np.random.Generator, partials: int) -> np.ndarray:
-    """The strongest partials of each frame with phases of their own making, noise for all else (Serra, 1990)."""
+    """The strongest partials of each frame with phases of their own making, noise for all else
+    (Serra, 1990).
+    """
     spectrum = _stft(clip)
     magnitude = np.abs(spectrum)
     copy = magnitude * np.exp(2j * np.pi * rng.random(magnitude.shape))
@@ -175,9 +192,12 @@ def _lpc_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
 
 
 def _mel_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
-    """What is left of the magnitudes in the powers of `order` mel bands: each bin gets the mean of the bands it lies in."""
+    """What is left of the magnitudes in the powers of `order` mel bands: each bin gets the mean of
+    the bands it lies in.
+    """
     bank = _mel_bank(order)
-    # einsum and not @, whose last digits depend on the number of threads: the same seed must give the same bytes.
+    # einsum and not @, whose last digits depend on the number of threads: the same seed must give
+    # the same bytes.
     bands = np.einsum("tf,bf->tb", np.abs(spectrum) ** 2, bank / bank.sum(axis=1, keepdims=True))
     return np.sqrt(np.einsum("tb,bf->tf", bands, bank / np.maximum(bank.sum(axis=0), 1e-9)))
 
@@ -207,7 +227,9 @@ def _source(clip: np.ndarray, rng: np.random.Generator, pitch: float) -> np.ndar
 def _pitch_track(
     clip: np.ndarray, lowest: float = 70, highest: float = 350
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fundamental frequency (Hz) and whether there is one, for each hop, by autocorrelation over 48 ms."""
+    """Fundamental frequency (Hz) and whether there is one, for each hop, by autocorrelation over 48
+    ms.
+    """
     width = 6 * HOP
     shortest, longest = int(SAMPLE_RATE / highest), int(SAMPLE_RATE / lowest)
     padded = np.pad(clip, (width // 2, width))
@@ -240,10 +262,11 @@ def _istft(spectrum: np.ndarray, length: int) -> np.ndarray:
 
 
 def _mel_bank(n_mels: int) -> np.ndarray:
-    """Triangular filters (n_mels, BINS), equally spaced in mel from 0 to 8 kHz, each of height 1."""
+    """Triangular filters (n_mels, BINS) of height 1, equally spaced in mel from 0 to 8 kHz."""
     edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + 8000 / 700), n_mels + 2) / 2595) - 1)
     bins = np.arange(BINS) * SAMPLE_RATE / FFT
-    # Low bands are narrower than a bin; a triangle no narrower than one keeps them from being empty.
+    # Low bands are narrower than a bin; a triangle no narrower than one keeps them from being
+    # empty.
     left = np.maximum(edges[1:-1] - edges[:-2], SAMPLE_RATE / FFT)[:, None]
     right = np.maximum(edges[2:] - edges[1:-1], SAMPLE_RATE / FFT)[:, None]
     distance = bins - edges[1:-1, None]
@@ -255,7 +278,8 @@ RESYNTHESES = {
     "A1": partial(griffin_lim, n_mels=80, iterations=24),
     "A2": partial(vocoder, envelope="lpc", order=18),
     "A3": partial(sines_and_noise, partials=24),
-    # ASVspoof's attacks: A01..A06 are known from training, the rest not; A16 is A04 and A19 is A06, as there.
+    # ASVspoof's attacks: A01..A06 are known from training, the rest not; A16 is A04 and A19 is A06,
+    # as there.
     "A01": partial(griffin_lim, n_mels=64, iterations=16),
     "A02": partial(vocoder, envelope="lpc", order=14),
     "A03": partial(vocoder, envelope="mel", order=32),

@@ -1,4 +1,5 @@
-"""Clips of real recordings for `python -m demo --speech FOLDER`: any format, rate and number of channels.
+"""Clips of real recordings for `python -m demo --speech FOLDER`: any format, rate and number of
+channels.
 
     clips, skipped = find_clips(Path("LibriSpeech"), wanted=300, rng=np.random.default_rng(1))
 
@@ -53,7 +54,9 @@ class Cut:
 def find_clips(
     folder: Path, wanted: int, rng: np.random.Generator
 ) -> tuple[dict[int, list[Cut]], list[str]]:
-    """About twice the `wanted` clips, evenly by speaker, and a line for each recording that gave none: which and why."""
+    """About twice the `wanted` clips, evenly by speaker, and a line for each recording that gave
+    none: which and why.
+    """
     clips, skipped = {}, []
     speakers = _by_speaker(folder)
     names = sorted(speakers)
@@ -106,7 +109,10 @@ def _by_speaker(folder: Path) -> dict[str, list[Path]]:
 
 
 def _spans(path: Path, most: int, rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Start and stop, in seconds, of up to `most` clips of a recording. ValueError says why there are none."""
+    """Start and stop, in seconds, of up to `most` clips of a recording.
+
+    ValueError says why there are none.
+    """
     audio, rate = _beginning(path, most * LONGEST)
     seconds = len(audio) / rate
     if seconds < SHORTEST:

@@ -4,8 +4,8 @@
     clip = speak(speaker, 3.0, np.random.default_rng(2))        # 16 kHz, mono, float64
 
 A speaker is a vocal tract, a larynx, a room and a microphone; a clip is phrases of consonant-vowel
-syllables with a pitch contour of their own. No two clips are alike, and none of them is speech: such
-voices check an installation, they say nothing about real deepfakes.
+syllables with a pitch contour of their own. No two clips are alike, and none of them is speech:
+such voices check an installation, they say nothing about real deepfakes.
 """
 
 from __future__ import annotations
@@ -151,7 +151,9 @@ class Spoken:
 
 
 def _utterance(speaker: Speaker, n_frames: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Control tracks, one row a frame: pitch, voicing, noise, centre, width (n,) and formants (n, 7)."""
+    """Control tracks, one row a frame: pitch, voicing, noise, centre, width (n,) and formants (n,
+    7).
+    """
     rows, pitches = [], []
     while len(rows) < n_frames:
         n_syllables = rng.integers(3, 9)
@@ -178,7 +180,9 @@ def _utterance(speaker: Speaker, n_frames: int, rng: np.random.Generator) -> dic
 
 
 def _syllable(speaker: Speaker, rng: np.random.Generator) -> list[tuple[float, ...]]:
-    """Frames (voicing, noise, centre, width, F1, F2, F3) of a consonant and a vowel, or of a vowel alone."""
+    """Frames (voicing, noise, centre, width, F1, F2, F3) of a consonant and a vowel, or of a vowel
+    alone.
+    """
     rows = []
     if rng.random() < 0.9:
         c = CONSONANTS[rng.integers(len(CONSONANTS))]
@@ -228,7 +232,9 @@ def _cycles(
 
 
 def _vocal_tract(source: np.ndarray, formants: np.ndarray) -> np.ndarray:
-    """A cascade of resonators, gain 1 at 0 Hz (Klatt, 1980), moved every frame; formants (n, 7) in Hz."""
+    """A cascade of resonators, gain 1 at 0 Hz (Klatt, 1980), moved every frame; formants (n, 7) in
+    Hz.
+    """
     response = np.ones((len(formants), FFT // 2 + 1), dtype=np.complex64)
     for centre, width in zip(formants.T, BANDWIDTHS, strict=True):
         response *= _resonator(centre, np.full(len(centre), width))
@@ -243,7 +249,9 @@ def _mouth_noise(score: dict[str, np.ndarray], rng: np.random.Generator) -> np.n
 
 
 def _resonator(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Frequency response (n, FFT / 2 + 1) of a pair of poles, one row a frame; centre and width (n,) in Hz."""
+    """Frequency response (n, FFT / 2 + 1) of a pair of poles, one row a frame; centre and width
+    (n,) in Hz.
+    """
     radius = np.exp(-np.pi * width / SAMPLE_RATE)[:, None]
     a1 = (
         -2
@@ -260,7 +268,9 @@ def _resonator(centre: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 def _filter_by_frame(response: np.ndarray, signal: np.ndarray) -> np.ndarray:
-    """Filter each frame by its own row of `response` (n, FFT / 2 + 1); frames fade into each other, so nothing clicks."""
+    """Filter each frame by its own row of `response` (n, FFT / 2 + 1); frames fade into each other,
+    so nothing clicks.
+    """
     n = len(response)
     padded = np.pad(signal[: n * HOP], (HOP, FFT))
     frames = (

@@ -115,11 +115,14 @@ SLACK = 128  # bytes; some writers count the header
 
 
 def _require_whole(path: str | Path, report: str) -> None:
-    """Raises InputError where a header announces more samples than the file holds, as after a broken copy."""
+    """Raises InputError where a header announces more samples than the file holds, as after a
+    broken copy.
+    """
     for announced, found in ANNOUNCED.findall(report):
         if int(found) + SLACK < int(announced) < NO_LENGTH:
             raise InputError(
-                f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch the file again or take it out"
+                f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch "
+                f"the file again or take it out"
             )
 
 

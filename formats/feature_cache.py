@@ -1,25 +1,27 @@
-"""The feature cache: front-end outputs of a corpus, computed once and read at random while training.
+"""The feature cache: features of a corpus, computed once and read at random in training.
 
 One folder a part and front end, `<features>/<part>/<feat>/`:
 
-    cache.json           what made it: front end, weights, clip length, protocol; shape and type of a row
+    cache.json           what made it: front end, weights, clip length, protocol, form of a row
     trials.tsv           name, label, source of every row, in the protocol's order
     features_00000.npy   fixed-stride rows, ROWS_PER_SHARD to a file: numpy.load reads them
     index.npy            for each row its CRC-32 and a guard word; all zero: not written yet
     failed.txt           the files that could not be read, if any, and why
 
-Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the index. A
-row is marked only when its bytes are on the disk, and each is checked whenever it is read. Reading is
-positional and sorted by offset, which on random rows beats memory maps several times.
+Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the
+index. A row is marked only when its bytes are on the disk, and each is checked whenever it is read.
+Reading is positional and sorted by offset, which on random rows beats memory maps several times.
 
-Rows are float16, float32, or sqrt8, a quarter of float32's bytes: the code of a value is the signed square
-root of its share of the frame's peak, in 127 steps, beside a float32 scale for each frame (`encode`). The
-square root is one code for both front ends: mel powers span many decades within a frame, of which steps of
-equal size keep two, and hidden states have outlying dimensions that leave the others few steps. Measured:
+Rows are float16, float32, or sqrt8, a quarter of float32's bytes: the code of a value is the signed
+square root of its share of the frame's peak, in 127 steps, beside a float32 scale for each frame
+(`encode`). The square root is one code for both front ends: mel powers span many decades within a
+frame, of which steps of equal size keep two, and hidden states have outlying dimensions that leave
+the others few steps. Measured:
 
-    xls-r-5, 10 clips, three heads         relative RMS error 0.006 to 0.007; logits move by at most 2e-4
-    mel, 720 clips, released Mel-LCNN      log-likelihood ratios move by at most 0.12, no subset's EER does
-    mel, 40 of them, largest move of a logit: square root 0.023; equal steps 1.1, cube root 0.032, mu-law 0.033, float8 0.11
+    xls-r-5, 10 clips of random networks   relative RMS error 0.006 to 0.007, logits move by 2e-4
+    mel, 720 clips, released Mel-LCNN      log odds move by at most 0.12, no subset's EER does
+    mel, 40 of them, largest move of a logit: square root 0.023; equal steps 1.1, cube root 0.032,
+    mu-law 0.033, float8 0.11
 """
 
 from __future__ import annotations
@@ -56,7 +58,9 @@ _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
 
 
 def _guard(rows: np.ndarray, crc: np.ndarray, state: int) -> np.ndarray:
-    """A word that only this row with this checksum and state has, so that no flipped bit in the index goes unseen."""
+    """A word that only this row with this checksum and state has, so that no flipped bit in the
+    index goes unseen.
+    """
     mixed = (
         rows.astype(np.uint64) * 0x9E3779B1 ^ crc.astype(np.uint64)
     ) * 0x85EBCA6B + _GUARD_BASE[state]
@@ -74,7 +78,7 @@ def _states(index: np.ndarray) -> np.ndarray:
 
 
 def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
-    """The header numpy would write, so that each file of the cache can be opened with numpy.load."""
+    """The header that numpy writes, so that numpy.load opens each file of the cache."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         header,
@@ -98,11 +102,13 @@ def row_type(dtype: str, shape: tuple[int, int]) -> np.dtype:
 
 
 def encode(features: np.ndarray, dtype: str) -> np.ndarray:
-    """Features (B, frames, dim) float32 as B rows of a cache, not finite where `dtype` cannot hold them.
+    """Features (B, frames, dim) float32 as B rows of a cache, not finite where `dtype` cannot hold
+    them.
 
-    float16, float32: the values themselves, (B, frames, dim). sqrt8: (B,) records; a value x of a frame with
-    the peak p = max |x| becomes code = 127 sign(x) sqrt(|x| / p), rounded, and decodes to scale * code * |code|
-    with scale = p / 127², which is within sqrt(p |x|) / 127 + p / 254² of x.
+    float16, float32: the values themselves, (B, frames, dim). sqrt8: (B,) records; a value x of a
+    frame with the peak p = max |x| becomes code = 127 sign(x) sqrt(|x| / p), rounded, and decodes
+    to scale * code * |code| with scale = p / 127², which is within sqrt(p |x|) / 127 + p / 254² of
+    x.
     """
     if dtype != "sqrt8":
         with np.errstate(over="ignore"):
@@ -122,16 +128,17 @@ def encode(features: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(rows: np.ndarray) -> Tensor:
-    """Rows that encode() made -> features (B, frames, dim): float16 or float32 as stored, float32 of sqrt8.
+    """Rows that encode() made -> features (B, frames, dim): float16 or float32 as stored, float32
+    of sqrt8.
 
-    To float32 because training converts to it anyway: on a CPU, making it here takes a third of the time
-    of making float16 here and float32 in the training loop.
+    To float32 because training converts to it anyway: on a CPU, making it here takes a third of the
+    time of making float16 here and float32 in the training loop.
     """
     if rows.dtype.names is None:
         return torch.from_numpy(rows)
     features = np.empty(rows["code"].shape, np.float32)
     for code, scale, out in zip(
-        rows["code"], rows["scale"], features
+        rows["code"], rows["scale"], features, strict=True
     ):  # a clip at a time stays in the processor's cache
         np.multiply(np.multiply(code, np.abs(code), dtype=np.int16), scale[:, None], out=out)
     return torch.from_numpy(features)
@@ -176,7 +183,7 @@ class _Layout:
         return self.header_bytes + rows * self.row_bytes
 
     def locate(self, row: int, flags: int) -> tuple[int, int]:
-        """(file descriptor, byte offset) of a row; opens and checks its shard at the first touch."""
+        """(file descriptor, byte offset) of a row; opens and checks its shard on first use."""
         shard, position = divmod(
             int(row), self.rows_per_shard
         )  # a numpy integer would show in the header
@@ -231,7 +238,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
-            f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the folder away"
+            f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the "
+            f"folder away"
         ) from None
     return meta
 
@@ -257,7 +265,8 @@ class CacheWriter:
 
     Args:
         folder: `<features>/<part>/<feat>`.
-        front_end: all that decides the features' values (`FrontEnd.fingerprint()` and the precision).
+        front_end: all that decides the features' values (`FrontEnd.fingerprint()` and the
+            precision).
         shape: (frames, dim) of a row.
         dtype: one of DTYPES.
         about: recorded, not compared: weights' name, versions.
@@ -311,10 +320,13 @@ class CacheWriter:
         """
         stored = encode(features, self.layout.dtype)
         as_bytes = stored.view(np.uint8).reshape(len(stored), self.layout.row_bytes)
-        for row, data, finite, original in zip(rows, as_bytes, _finite(stored), features):
+        for row, data, finite, original in zip(
+            rows, as_bytes, _finite(stored), features, strict=True
+        ):
             if not finite:
                 raise InputError(
-                    f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, which "
+                    f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, "
+                    f"which "
                     f"{self.layout.dtype} cannot hold; give --dtype float32, or check the file"
                 )
             descriptor, offset = self.layout.locate(row, os.O_RDWR)
@@ -398,8 +410,10 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     ]
     if foreign:
         raise InputError(
-            f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a folder of the "
-            "reference's .pt files can be trained as it is, a new cache needs a folder of its own (-f)"
+            f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a "
+            f"folder of the "
+            "reference's .pt files can be trained as it is, a new cache needs a folder of its own "
+            "(-f)"
         )
     layout = _Layout(folder, meta)
     needed, free = (
@@ -408,7 +422,8 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     )
     if needed > free:
         raise InputError(
-            f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some "
+            f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free "
+            f"some "
             "space or choose another disk with -f"
         )
     with files.atomic_write(folder / "trials.tsv", "wb") as file:
@@ -425,11 +440,12 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
 
 
 def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
-    """Give the files of a cache back their sizes, headers and the list of trials; return the names of those that lacked it.
+    """Give the files of a cache back their sizes, headers and the list of trials; return the names
+    of those that lacked it.
 
-    Rows keep the bytes they have, so afterwards every row that suffered is found by its checksum. Where
-    cache.json itself is damaged nobody knows what made the rows: it is removed, so that a CacheWriter
-    starts anew.
+    Rows keep the bytes they have, so afterwards every row that suffered is found by its checksum.
+    Where cache.json itself is damaged nobody knows what made the rows: it is removed, so that a
+    CacheWriter starts anew.
     """
     folder = Path(folder)
     try:
@@ -533,7 +549,8 @@ class FeatureCache:
         ):
             if count := int((self.states == state).sum()):
                 raise InputError(
-                    f"{self.folder}: {count} of {len(self.states)} rows are {what}; run preprocess.py{remedy} "
+                    f"{self.folder}: {count} of {len(self.states)} rows are {what}; run "
+                    f"preprocess.py{remedy} "
                     "with the same options to finish it"
                 )
 
@@ -541,8 +558,10 @@ class FeatureCache:
         """Raise InputError where the cache was made from another list of trials."""
         if hashlib.sha256(_trials_text(trials)).hexdigest() != self.meta["protocol_sha256"]:
             raise InputError(
-                f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one given "
-                f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another folder"
+                f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one "
+                f"given "
+                f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another "
+                f"folder"
             )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:

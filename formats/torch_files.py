@@ -1,9 +1,9 @@
 """Files written by torch.save, both ends, without running anything that is in them.
 
-A pickle is a program, and unpickling a stranger's file runs it. Here the few instructions that torch.save
-needs for containers and tensors are carried out one by one; a name is looked up in a list, never imported.
-What is left to a file then is to be damaged, or to be large: checksums are checked, and memory is bounded
-by the size of the file.
+A pickle is a program, and unpickling a stranger's file runs it. Here the few instructions that
+torch.save needs for containers and tensors are carried out one by one; a name is looked up in a
+list, never imported. What is left to a file then is to be damaged, or to be large: checksums are
+checked, and memory is bounded by the size of the file.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ DTYPES = {
 
 
 class Record:
-    """Stands in for a class named by a file: takes the attributes, runs none of the class's code."""
+    """Stands in for a class that a file names: holds its attributes and runs no code."""
 
 
 def load(path: str | Path, stand_ins: Iterable[str] = ()) -> Any:
-    """The contents of a torch.save file: plain containers with keys of text or whole numbers, and CPU tensors.
+    """The contents of a torch.save file: plain containers with keys of text or whole numbers, and
+    CPU tensors.
 
     Containers may hold themselves, as in any pickle: walk them with a limit.
 
@@ -54,7 +55,8 @@ def load(path: str | Path, stand_ins: Iterable[str] = ()) -> Any:
         stand_ins: full names of the classes whose instances come back as `Record`.
 
     Raises:
-        InputError: not such a file, damaged, or naming anything that is neither data nor in `stand_ins`.
+        InputError: not such a file, damaged, or naming anything that is neither data nor in
+            `stand_ins`.
     """
     try:
         return _Pickle(path, _read_archive(path), frozenset(stand_ins)).run()
@@ -70,7 +72,10 @@ def load(path: str | Path, stand_ins: Iterable[str] = ()) -> Any:
 
 
 def save(path: str | Path, content: Any) -> None:
-    """torch.save, whole or not at all. Written in memory first: torch's own writer hides a full disk's error."""
+    """torch.save, whole or not at all.
+
+    Written in memory first: torch's own writer hides a full disk's error.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with files.atomic_write(path, "wb") as file:
@@ -78,7 +83,9 @@ def save(path: str | Path, content: Any) -> None:
 
 
 def is_plain(value: Any, limit: int = 1_000_000) -> bool:
-    """Whether a value is text, numbers and containers of them, not more than `limit` in all, nested 20 deep at most."""
+    """Whether a value is text, numbers and containers of them, not more than `limit` in all, nested
+    20 deep at most.
+    """
     waiting = [(value, 0)]
     for _ in range(limit):
         if not waiting:
@@ -108,19 +115,24 @@ def digest(module: nn.Module) -> str:
 
 
 def _read_archive(path: str | Path) -> dict[str, bytes]:
-    """Every member by its name without the folder they all lie in; checksums are checked on the way."""
+    """Every member by its name without the folder they all lie in; checksums are checked on the
+    way.
+    """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError(
-            f"{path}: expected a file written by torch.save, found something that is not a regular file"
+            f"{path}: expected a file written by torch.save, found something that is not a regular "
+            f"file"
         )
     if status.st_size > LARGEST_FILE:
         raise InputError(
-            f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes so many"
+            f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes "
+            f"so many"
         )
     if not zipfile.is_zipfile(path):
         raise InputError(
-            f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make it again"
+            f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make "
+            f"it again"
         )
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -129,15 +141,17 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
             or sum(member.file_size for member in members) > status.st_size
         ):
             raise InputError(
-                f"{path}: refused, its contents would swell when unpacked; torch.save writes no such files"
+                f"{path}: refused, its contents would swell when unpacked; torch.save writes no "
+                f"such files"
             )
         names = [member.filename.partition("/")[2] for member in members]
         if len(set(names)) < len(names):
             raise InputError(
-                f"{path}: refused, it holds two members of one name; torch.save writes no such files"
+                f"{path}: refused, it holds two members of one name; torch.save writes no such "
+                f"files"
             )
         try:
-            return {name: archive.read(member) for name, member in zip(names, members)}
+            return {name: archive.read(member) for name, member in zip(names, members, strict=True)}
         except zipfile.BadZipFile as error:
             raise InputError(f"{path}: damaged ({error}); fetch or make it again") from None
 
@@ -156,7 +170,9 @@ _NULL = object()  # marks the start of a tuple's or a container's items on the s
 
 
 class _Pickle:
-    """The instructions that torch.save writes (pickle protocol 2), a method each; any other is an error."""
+    """The instructions that torch.save writes (pickle protocol 2), a method each; any other is an
+    error.
+    """
 
     def __init__(self, path: str | Path, members: dict[str, bytes], stand_ins: frozenset[str]):
         self.path, self.members, self.stand_ins = path, members, stand_ins
@@ -198,13 +214,15 @@ class _Pickle:
             or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride))
         ):
             raise ValueError("a tensor without a storage, or of impossible size")
-        last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
+        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if math.prod(shape) > len(storage) or (math.prod(shape) and last >= len(storage)):
             raise ValueError(f"a tensor {tuple(shape)} larger than its storage of {len(storage)}")
         return storage.as_strided(shape, stride, offset)
 
     def _binpersid(self, _: None) -> None:
-        """A tensor's storage: ("storage", type, name of the archive's member, device, number of values)."""
+        """A tensor's storage: ("storage", type, name of the archive's member, device, number of
+        values).
+        """
         _, kind, key, _, count = self.stack.pop()
         dtype = DTYPES[kind.name.rpartition(".")[2]]
         if not isinstance(key, str) or not isinstance(count, int):
@@ -227,7 +245,8 @@ class _Pickle:
         name = name.replace(" ", ".", 1)
         if name not in self.names:
             raise InputError(
-                f"{self.path}: refused, it names {name[:100]}, which is not in the list of what such a file may "
+                f"{self.path}: refused, it names {name[:100]}, which is not in the list of what "
+                f"such a file may "
                 "hold; nothing of it was run"
             )
         self.stack.append(_Name(name))
@@ -319,7 +338,8 @@ class _Pickle:
 MOST_MODULES = (
     1_000  # in a pickled head; the released ones have about 100, one that holds itself has no end
 )
-# What a released file may name: its own classes and torch's layers, DataParallel among them. They come
+# What a released file may name: its own classes and torch's layers, DataParallel among them. They
+# come
 # back as inert records, never as the class.
 RELEASED_CLASSES = (
     *(

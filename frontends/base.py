@@ -21,13 +21,18 @@ FEATURE_SHAPES = {  # (frames, dim)
 
 
 class FrontEnd(nn.Module):
-    """Clips (B, 64600) float32 at 16 kHz -> features (B, frames, dim). Never trained, always in eval mode."""
+    """Clips (B, 64600) float32 at 16 kHz -> features (B, frames, dim).
+
+    Never trained, always in eval mode.
+    """
 
     feat: str
     dim: int
 
     def fingerprint(self) -> dict[str, Any]:
-        """All that decides the features' values; caches and checkpoints made with different ones do not mix."""
+        """All that decides the features' values; caches and checkpoints made with different ones do
+        not mix.
+        """
         return {"feat": self.feat, "clip_samples": CLIP_SAMPLES, "sample_rate": SAMPLE_RATE}
 
     def train(self, mode: bool = True) -> FrontEnd:

@@ -13,7 +13,9 @@ from frontends.base import FrontEnd
 
 
 class Mel(FrontEnd):
-    """Power mel spectrogram without a logarithm: the released Mel-LCNN's BatchNorm statistics fit only this."""
+    """Power mel spectrogram without a logarithm: the released Mel-LCNN's BatchNorm statistics fit
+    only this.
+    """
 
     feat, dim = "mel", 80
 

@@ -19,7 +19,10 @@ LAYER = 5  # hidden state that the heads see; entry 0 is what enters the first b
 
 
 class XLSR(FrontEnd):
-    """Hidden state 5 of wav2vec 2.0 XLS-R (Babu et al. 2021, arXiv 2111.09296); blocks 6 to 24 are never built."""
+    """Hidden state 5 of wav2vec 2.0 XLS-R (Babu et al.
+
+    2021, arXiv 2111.09296); blocks 6 to 24 are never built.
+    """
 
     feat = "xls-r-5"
 
@@ -54,7 +57,9 @@ class XLSR(FrontEnd):
 
 
 class _Library(nn.Module):
-    """wav2vec 2.0 of another kind than XLS-R (layer norms after the blocks, a group norm), as the library runs it."""
+    """wav2vec 2.0 of another kind than XLS-R (layer norms after the blocks, a group norm), as the
+    library runs it.
+    """
 
     def __init__(self, network: nn.Module, precision: str):
         super().__init__()
@@ -75,7 +80,9 @@ def _is_of_xlsrs_kind(config: Any) -> bool:
 
 
 def _load_wav2vec2(ssl: str) -> nn.Module:
-    """The first five blocks, so set up that `last_hidden_state` is hidden state 5 of the whole network."""
+    """The first five blocks, so set up that `last_hidden_state` is hidden state 5 of the whole
+    network.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()  # it warns of the 19 blocks we leave out on purpose
@@ -88,7 +95,8 @@ def _load_wav2vec2(ssl: str) -> nn.Module:
         blocks = getattr(config, "num_hidden_layers", 0)
         if config.model_type != "wav2vec2" or blocks < LAYER:
             raise ValueError(
-                f"expected wav2vec2 with at least {LAYER} blocks, got {config.model_type} with {blocks}"
+                f"expected wav2vec2 with at least {LAYER} blocks, got {config.model_type} with "
+                f"{blocks}"
             )
         config.num_hidden_layers = LAYER
         encoder, report = transformers.Wav2Vec2Model.from_pretrained(
@@ -99,14 +107,17 @@ def _load_wav2vec2(ssl: str) -> nn.Module:
     ) as error:  # the hub client, safetensors and the model each fail in ways of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
-            f"--ssl {ssl}: the wav2vec 2.0 weights cannot be loaded ({reason}); give a local folder that "
+            f"--ssl {ssl}: the wav2vec 2.0 weights cannot be loaded ({reason}); give a local "
+            f"folder that "
             "holds config.json and the weights, or a hub id while online"
         ) from error
     if missing := sorted(set(report["missing_keys"]) - {"masked_spec_embed"}):
         raise InputError(
-            f"--ssl {ssl}: incomplete weights, {len(missing)} tensors are missing (first: {missing[0]})"
+            f"--ssl {ssl}: incomplete weights, {len(missing)} tensors are missing (first: "
+            f"{missing[0]})"
         )
     if config.do_stable_layer_norm:
-        # The library closes the encoder with a LayerNorm that belongs after block 24: entry 5 carries none.
+        # The library closes the encoder with a LayerNorm that belongs after block 24: entry 5
+        # carries none.
         encoder.encoder.layer_norm = nn.Identity()
     return encoder

@@ -1,9 +1,9 @@
 """wav2vec 2.0 up to the hidden state the heads see, computed time-major.
 
-The library keeps its convolutions channels-first, which leaves each layer norm and GELU a strided walk
-through memory. Here a signal is a matrix (frames, channels) throughout, and a whole batch is one such
-matrix, clip below clip: each convolution is a few matrix products on views, with nothing copied, and
-everything else runs along contiguous rows. The weights are the library's own.
+The library keeps its convolutions channels-first, which leaves each layer norm and GELU a strided
+walk through memory. Here a signal is a matrix (frames, channels) throughout, and a whole batch is
+one such matrix, clip below clip: each convolution is a few matrix products on views, with nothing
+copied, and everything else runs along contiguous rows. The weights are the library's own.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ CLIPS_AT_ONCE = (
 
 
 class TimeMajorEncoder(nn.Module):
-    """Convolutions, projection, positional convolution and transformer blocks of a wav2vec 2.0 of XLS-R's kind.
+    """Convolutions, projection, positional convolution and transformer blocks of a wav2vec 2.0 of
+    XLS-R's kind.
 
     Args:
-        library: a transformers Wav2Vec2Model with layer norms in its convolutions and "stable" blocks
+        library: a transformers Wav2Vec2Model with layer norms in its convolutions and "stable"
+            blocks
             (norms first), cut to the blocks that are wanted.
         dtype: type of the matrix products and of what lies between them. Sums inside a norm and the
             residual stream, which gathers what every block adds, stay float32.
@@ -36,7 +38,9 @@ class TimeMajorEncoder(nn.Module):
         self.kernels = config.conv_kernel
         self.convs = nn.ModuleList(
             _Conv(layer, stride, dtype)
-            for layer, stride in zip(library.feature_extractor.conv_layers, config.conv_stride)
+            for layer, stride in zip(
+                library.feature_extractor.conv_layers, config.conv_stride, strict=True
+            )
         )
         self.projection_norm = _Norm(library.feature_projection.layer_norm, dtype)
         self.projection = _Linear([library.feature_projection.projection], dtype)
@@ -48,7 +52,9 @@ class TimeMajorEncoder(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Clips (B, samples) float32, normalised -> what the last block hands on, (B, frames, hidden) float32."""
+        """Clips (B, samples) float32, normalised -> what the last block hands on, (B, frames,
+        hidden) float32.
+        """
         with torch.autocast(clips.device.type, enabled=False):
             at_once = len(clips) if clips.is_cuda else CLIPS_AT_ONCE
             x = torch.cat(
@@ -62,10 +68,11 @@ class TimeMajorEncoder(nn.Module):
 
     def _convolve(self, clips: Tensor) -> Tensor:
         n_clips, frames = clips.shape
-        # Filled up to a multiple of all strides, clips stay aligned below one another in every layer. The frames
+        # Filled up to a multiple of all strides, clips stay aligned below one another in every
+        # layer. The frames
         # this adds at the end of each are the only ones whose windows reach into the next clip.
         x = F.pad(clips, (0, -frames % math.prod(self.strides))).view(-1, 1).to(self.dtype)
-        for conv, kernel, stride in zip(self.convs, self.kernels, self.strides):
+        for conv, kernel, stride in zip(self.convs, self.kernels, self.strides, strict=True):
             x = conv(x)
             frames = (frames - kernel) // stride + 1
         return x.view(n_clips, -1, x.shape[1])[:, :frames]
@@ -74,9 +81,9 @@ class TimeMajorEncoder(nn.Module):
 class _Conv(nn.Module):
     """A strided convolution, layer norm and GELU on (frames, channels).
 
-    Its taps are cut into slabs of `stride` taps. Under one slab the windows of successive frames do not
-    overlap, so that the slab's share is a plain matrix product with a view of the input. Only the few
-    samples under the first layer are cheaper to copy than its output is to go over twice.
+    Its taps are cut into slabs of `stride` taps. Under one slab the windows of successive frames do
+    not overlap, so that the slab's share is a plain matrix product with a view of the input. Only
+    the few samples under the first layer are cheaper to copy than its output is to go over twice.
     """
 
     def __init__(self, layer: nn.Module, stride: int, dtype: torch.dtype):
@@ -97,7 +104,8 @@ class _Conv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.view(-1, self.stride * x.shape[1])  # (frames, stride * in)
         first, *others = (getattr(self, name) for name in self.slabs)
-        # What a window lacks at the very end is filled with nothing: the last frames are not of any clip.
+        # What a window lacks at the very end is filled with nothing: the last frames are not of any
+        # clip.
         while self.copies and x.shape[1] < len(first):
             more = x[1:, : len(first) - x.shape[1]]
             x = torch.cat([x, F.pad(more, (0, 0, 0, 1))], dim=1)  # (frames, kernel)
@@ -137,8 +145,8 @@ class _Linear(nn.Module):
 class _PositionalConv(nn.Module):
     """The grouped convolution that tells positions apart, by way of the spectrum.
 
-    128 taps wide, it took a tenth of the time of everything here, and by the spectrum takes a hundredth,
-    which leaves no reason to make it in less than float32.
+    128 taps wide, it took a tenth of the time of everything here, and by the spectrum takes a
+    hundredth, which leaves no reason to make it in less than float32.
     """
 
     def __init__(self, layer: nn.Module):
@@ -180,7 +188,8 @@ class _PositionalConv(nn.Module):
     def _group_spectrum(self, weight: Tensor, length: int) -> Tensor:
         """Taps (out, in, taps) -> (bins, in, out) complex64."""
         taps = F.pad(weight.double(), (0, length - weight.shape[2])).roll(-self.padding, dims=2)
-        # Convolutions of networks are correlations: tap j meets frame t + j - padding. Taps that few frames never meet are cut off.
+        # Convolutions of networks are correlations: tap j meets frame t + j - padding. Taps that
+        # few frames never meet are cut off.
         return torch.fft.rfft(taps).conj().permute(2, 1, 0).to(torch.complex64)
 
 

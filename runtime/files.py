@@ -53,7 +53,8 @@ os.register_at_fork(
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process. The kernel drops the lock with its owner, however that one ends.
+    """Hold `folder` for this process. The kernel drops the lock with its owner, however that one
+    ends.
 
     Raises InputError where another process holds it.
     """

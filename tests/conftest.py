@@ -1,4 +1,6 @@
-"""Fixtures: small real things. Audio is tones and noise in tmp_path, wav2vec 2.0 a narrow model saved to disk."""
+"""Fixtures: small real things. Audio is tones and noise in tmp_path, wav2vec 2.0 a narrow model
+saved to disk.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Published weights, parity tensors, scores and a small corpus; they are not part of this project."""
+    """Published weights, parity tensors, scores and a small corpus; they are not part of this
+    project.
+    """
     if not REFERENCE.is_dir():
         pytest.skip("needs ../shared/reference, the published weights and parity tensors")
     return REFERENCE
@@ -42,7 +46,9 @@ def write_tone(
 
 
 def make_codecfake(root: Path, n_real: int = 4) -> Path:
-    """Codecfake's layout: fakes a little higher in pitch than the real clips, which a head can learn."""
+    """Codecfake's layout: fakes a little higher in pitch than the real clips, which a head can
+    learn.
+    """
     for part, tags in (
         ("train", (1, 2)),
         ("dev", (1,)),
@@ -102,7 +108,10 @@ def _write(path: Path, rows: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with miniature Codecfake/, LA/ and ITW/. Read only: tests that damage something make their own."""
+    """A folder with miniature Codecfake/, LA/ and ITW/.
+
+    Read only: tests that damage something make their own.
+    """
     root = tmp_path_factory.mktemp("corpora")
     make_codecfake(root / "Codecfake")
     make_la(root / "LA")
@@ -111,7 +120,9 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_wav2vec2(folder: Path, hidden_size: int, blocks: int = 6) -> Path:
-    """A small wav2vec 2.0 of XLS-R's kind whose LayerNorms are random, as after training, not at 1 and 0."""
+    """A small wav2vec 2.0 of XLS-R's kind whose LayerNorms are random, as after training, not at 1
+    and 0.
+    """
     import transformers
 
     config = transformers.Wav2Vec2Config(

@@ -1,4 +1,6 @@
-"""Ways to hurt the pipeline, shared by test_robustness.py and torture.py: faults of the disk, damage, hostile files."""
+"""Ways to hurt the pipeline, shared by test_robustness.py and torture.py: faults of the disk,
+damage, hostile files.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ class Outcome:
 
     @property
     def refused(self) -> bool:
-        """Whether it ended as a mistake of the user's should: exit code 2, one line, no traceback."""
+        """Whether it ended as a user's mistake should: exit code 2, one line, no traceback."""
         errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
         return (
             self.code == 2
@@ -52,7 +54,10 @@ class Outcome:
 
 
 class Child:
-    """A forked process that runs `function` as a script's main(). Torch is imported already, so it starts at once."""
+    """A forked process that runs `function` as a script's main().
+
+    Torch is imported already, so it starts at once.
+    """
 
     def __init__(
         self, function: Callable[[], None], if_stopped: str = "run the same command again"
@@ -114,10 +119,11 @@ def run_child(function: Callable[[], None], limit: float = 120) -> Outcome:
 
 
 class Fuse:
-    """Counts what the process does to files below a folder; at the n-th action, and all later ones, `blow` is called.
+    """Counts what the process does to files below a folder; at the n-th action, and all later ones,
+    `blow` is called.
 
-    A write is half done before, unless `halves` is off. Actions: opening for writing, write, pwrite, truncate, fsync,
-    fdatasync, rename.
+    A write is half done before, unless `halves` is off. Actions: opening for writing, write,
+    pwrite, truncate, fsync, fdatasync, rename.
     """
 
     def __init__(
@@ -223,7 +229,9 @@ DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 def damage(path: Path, rng: random.Random, others: list[Path]) -> str:
-    """Hurt a file in one of the ways that disks and people do; return what was done. It may happen to change nothing."""
+    """Hurt a file in one of the ways that disks and people do; return what was done. It may happen
+    to change nothing.
+    """
     data = bytearray(path.read_bytes())
     kind = rng.choice(
         [
@@ -370,7 +378,9 @@ TWO_FLOATS = np.array([1, 2], np.float32).tobytes()
 
 
 def hostile_objects(canary: Path) -> dict[str, object]:
-    """Things that torch.save writes and that would do harm, or hold what is no data, when unpickled."""
+    """Things that torch.save writes and that would do harm, or hold what is no data, when
+    unpickled.
+    """
     text = f"open({str(canary)!r}, 'w')"
     return {
         "os.mkdir": Call(os.mkdir, str(canary)),
@@ -466,7 +476,9 @@ def hostile_archives(folder: Path) -> dict[str, Path]:
 
 
 def _overlap(path: Path) -> None:
-    """Have every member's directory entry point at the first member's bytes: 5 MB that claim to be read fifty times."""
+    """Have every member's directory entry point at the first member's bytes: 5 MB that claim to be
+    read fifty times.
+    """
     data = bytearray(path.read_bytes())
     position, first = data.find(b"PK\x01\x02"), None
     while position >= 0:

@@ -32,7 +32,9 @@ def codecfake(root: Path, text: str, part: str = "train") -> list[dataset.Trial]
 
 
 def test_codecfake_rows(tmp_path: Path) -> None:
-    """No header, so the first row is a trial; trailing blanks, CRLF, a byte order mark and a missing last newline occur."""
+    """No header, so the first row is a trial; trailing blanks, CRLF, a byte order mark and a
+    missing last newline occur.
+    """
     trials = codecfake(
         tmp_path, "\ufeffSSB1.wav real 0\r\nF01_SSB1.wav fake 1 \r\n\r\nF07_a_b_.wav fake 7"
     )
@@ -326,7 +328,9 @@ def test_bad_audio_is_refused_by_name(tmp_path: Path) -> None:
     ],
 )
 def test_a_recording_cut_short_is_refused(tmp_path: Path, name: str, subtype: str) -> None:
-    """A copy that broke off would otherwise be a shorter clip, repeated; behind the samples that are used it may end anywhere."""
+    """A copy that broke off would otherwise be a shorter clip, repeated; behind the samples that
+    are used it may end anywhere.
+    """
     path = tmp_path / name
     soundfile.write(path, np.full(70_000, 0.25), 16_000, subtype=subtype)
     whole, size = load_clip(path), path.stat().st_size
@@ -393,7 +397,9 @@ def test_shuffled_batches_hold_every_row_once(
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.tuples(st.integers(1, 400), st.integers(1, 400)), batch_size=st.integers(2, 64))
 def test_proportional_batches(sizes: tuple[int, int], batch_size: int) -> None:
-    """Both corpora in every batch; the larger once an epoch; the smaller in passes that cross batches and epochs."""
+    """Both corpora in every batch; the larger once an epoch; the smaller in passes that cross
+    batches and epochs.
+    """
     epochs = [dataset.proportional_batches(sizes, batch_size, 688, epoch) for epoch in (1, 2, 3)]
     large = 0 if sizes[0] >= sizes[1] else 1
     in_larger = (lambda rows: rows < sizes[0]) if large == 0 else (lambda rows: rows >= sizes[0])
@@ -413,7 +419,9 @@ def test_proportional_batches(sizes: tuple[int, int], batch_size: int) -> None:
 
 
 def test_proportions_of_the_full_corpora() -> None:
-    """Codecfake and 19LA in batches of 128: 124 + 4, whichever is named first (the reference drifted to 123 + 4)."""
+    """Codecfake and 19LA in batches of 128: 124 + 4, whichever is named first (the reference
+    drifted to 123 + 4).
+    """
     for sizes in ((740_747, 25_380), (25_380, 740_747)):
         batches = dataset.proportional_batches(sizes, 128, 688, 1)
         of_first = {int((batch < sizes[0]).sum()) for batch in batches[:-1]}

@@ -1,4 +1,5 @@
-"""The miniature corpora of `make demo`: layouts, copies, and no way to tell the class but by listening.
+"""The miniature corpora of `make demo`: layouts, copies, and no way to tell the class but by
+listening.
 
 python -m pytest tests/test_demo.py
 """
@@ -44,7 +45,8 @@ def voice() -> np.ndarray:
     return Spoken(seed=1, speaker=1, number=1, seconds=3.017).read()
 
 
-# --- layouts ------------------------------------------------------------------------------------------
+# --- layouts
+# ------------------------------------------------------------------------------------------
 
 
 def protocol(path: Path) -> list[list[str]]:
@@ -154,11 +156,14 @@ def test_the_record_lists_every_audio_file(corpora, records):
     assert len(records) == len(audio)
 
 
-# --- nothing but the sound tells the class ----------------------------------------------------------------
+# --- nothing but the sound tells the class
+# ----------------------------------------------------------------
 
 
 def auc(real: list[float], fake: list[float]) -> float:
-    """Share of pairs in which the fake's value is the greater one; 0.5 says that the value tells nothing."""
+    """Share of pairs in which the fake's value is the greater one; 0.5 says that the value tells
+    nothing.
+    """
     ranks = rankdata([*real, *fake])[len(real) :]
     return (ranks.sum() - len(fake) * (len(fake) + 1) / 2) / (len(real) * len(fake))
 
@@ -187,7 +192,8 @@ def test_level_length_offset_and_file_do_not_tell_real_from_fake(corpora, record
     )
     for name, real in values["real"].items():
         fake = values["fake"][name]
-        # In LA and In-the-Wild not every clip has a copy, and so few clips differ by chance: two standard deviations of it.
+        # In LA and In-the-Wild not every clip has a copy, and so few clips differ by chance: two
+        # standard deviations of it.
         chance = (
             0
             if corpus == "Codecfake"
@@ -225,7 +231,8 @@ def test_the_pauses_of_a_copy_hold_the_same_noise_as_the_originals(voice, name):
     assert pause.sum() > RATE / 10 and abs(levels[0] - levels[1]) < 0.3, levels
 
 
-# --- the fakes are copies, and are not the original -----------------------------------------------------------
+# --- the fakes are copies, and are not the original
+# -----------------------------------------------------------
 
 
 def finished(clip: np.ndarray, gate: np.ndarray | None = None) -> np.ndarray:
@@ -281,7 +288,8 @@ def test_voices_differ_between_speakers_and_between_clips_and_repeat_themselves(
         assert abs(np.corrcoef(first, other.read())[0, 1]) < 0.3
 
 
-# --- recordings -------------------------------------------------------------------------------------------------
+# --- recordings
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -354,7 +362,8 @@ def test_too_few_speakers_are_refused_in_one_line(speech, tmp_path):
     assert not (tmp_path / "demo").exists() and not (tmp_path / "demo.part").exists()
 
 
-# --- the folder ---------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
+# ----------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:

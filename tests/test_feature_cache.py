@@ -210,7 +210,8 @@ def test_a_flipped_bit_in_a_row_is_found_and_named(folder: Path, row: int) -> No
     assert cache.damaged_rows() == [row]
     with pytest.raises(
         InputError,
-        match=rf"features_{row // 4:05d}\.npy: row {row} \(LA_T_{row}\) is damaged; run preprocess.py --verify --repair",
+        match=rf"features_{row // 4:05d}\.npy: row {row} \(LA_T_{row}\) is damaged; "
+        "run preprocess.py --verify --repair",
     ):
         cache.read(np.arange(10))
 
@@ -278,7 +279,7 @@ def test_reading_ahead_equals_reading(folder: Path, threads: int) -> None:
     found = list(read_ahead(cache, batches, threads))
     assert all(
         torch.equal(a, cache.read(rows)[0]) and torch.equal(b, cache.read(rows)[1])
-        for (a, b), rows in zip(found, batches)
+        for (a, b), rows in zip(found, batches, strict=True)
     )
 
 
@@ -341,7 +342,9 @@ def test_eight_bits_keep_every_band_of_a_frame() -> None:
 
 @pytest.mark.parametrize("peak", [0, 1e-30, 1, 3.4028235e38])
 def test_extreme_frames_decode_within_the_bound(peak: float) -> None:
-    """Silence, which has no peak to divide by, and values whose own code must not decode to infinity."""
+    """Silence, which has no peak to divide by, and values whose own code must not decode to
+    infinity.
+    """
     values = np.linspace(-1, 1, 2 * 5 * 81).reshape(2, 5, 81).astype(np.float32) * np.float32(peak)
     values[0, 1] = 0
     values[1, 2, :-1] = 0  # one outlier
@@ -360,7 +363,9 @@ def test_a_frames_scale_is_its_own() -> None:
 
 
 def test_an_eight_bit_cache_gives_back_what_its_code_holds(tmp_path: Path) -> None:
-    """Written, interrupted, resumed and read; the plain way, numpy.load and the formula, agrees; bytes are the same over runs."""
+    """Written, interrupted, resumed and read; the plain way, numpy.load and the formula, agrees;
+    bytes are the same over runs.
+    """
     values = powers(10)
     for name, rows in (("one", [range(10)]), ("two", [range(3), range(3, 10)])):
         for some in rows:

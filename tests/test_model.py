@@ -129,7 +129,7 @@ def test_a_head_refuses_features_of_another_front_end() -> None:
 
 
 def untruncated(
-    ssl: Path, clips: torch.Tensor, autocast: AbstractContextManager = nullcontext()
+    ssl: Path, clips: torch.Tensor, autocast: AbstractContextManager | None = None
 ) -> torch.Tensor:
     """Entry 5 of the hidden states of the whole network, the plain way."""
     import transformers
@@ -138,7 +138,7 @@ def untruncated(
     normalised = torch.stack(
         [(clip - clip.mean()) / torch.sqrt(clip.var(correction=0) + 1e-7) for clip in clips]
     )
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), autocast or nullcontext():
         return network(normalised, output_hidden_states=True).hidden_states[5]
 
 
@@ -159,7 +159,9 @@ def test_a_batch_equals_its_clips_one_by_one(ssl_narrow: Path) -> None:
 def test_clips_below_one_another_do_not_mix(
     ssl_narrow: Path, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU all clips of a batch go through the convolutions as one signal; their seams must not show."""
+    """On a GPU all clips of a batch go through the convolutions as one signal; their seams must not
+    show.
+    """
     encoder, clips = (
         model.load_frontend("xls-r-5", str(ssl_narrow)).encoder,
         torch.randn(3, samples),
@@ -181,9 +183,10 @@ def test_clips_shorter_than_the_positions_reach(ssl_narrow: Path) -> None:
 
 
 def test_bfloat16_stays_near_float32(ssl_narrow: Path) -> None:
-    """8 bits of mantissa cost 1.1 % RMS on this narrow network, on every processor; a norm or a residual stream summed
-    in bfloat16 costs several times that. The library's own autocast is no yardstick: torch's bfloat16 convolutions are
-    off by 33 % on narrow networks where the processor has AMX."""
+    """8 bits of mantissa cost 1.1 % RMS on this narrow network, on every processor; a norm or a
+    residual stream summed in bfloat16 costs several times that. The library's own autocast is no
+    yardstick: torch's bfloat16 convolutions are off by 33 % on narrow networks where the processor
+    has AMX."""
     clips = torch.randn(1, CLIP_SAMPLES)
     exact, ours = (
         model.load_frontend("xls-r-5", str(ssl_narrow), precision)(clips)
@@ -195,7 +198,9 @@ def test_bfloat16_stays_near_float32(ssl_narrow: Path) -> None:
 
 
 def test_wav2vec2_of_another_kind_runs_as_the_library_does(tmp_path: Path) -> None:
-    """A group norm in the convolutions, norms after the blocks: as in wav2vec2-large, which also has 1024 dimensions."""
+    """A group norm in the convolutions, norms after the blocks: as in wav2vec2-large, which also
+    has 1024 dimensions.
+    """
     import transformers
 
     config = transformers.Wav2Vec2Config(
@@ -226,7 +231,9 @@ def test_a_front_end_never_trains(ssl_narrow: Path) -> None:
 
 
 def test_mel_is_a_power_spectrogram_time_first() -> None:
-    """Twice the amplitude is four times the power; a tone sits in one band and stays there over time."""
+    """Twice the amplitude is four times the power; a tone sits in one band and stays there over
+    time.
+    """
     tone = torch.sin(2 * torch.pi * 1000 * torch.arange(CLIP_SAMPLES) / 16_000)[None]
     front_end = model.load_frontend("mel")
     mel = front_end(tone)
@@ -281,7 +288,9 @@ def test_fingerprint_tells_weights_apart(ssl_narrow: Path, ssl_1024: Path) -> No
 
 
 def pickle_as_released(head: nn.Module, path: Path, parallel: bool = False) -> None:
-    """Save the whole module as the published files are: classes of a module called `model`, perhaps in DataParallel."""
+    """Save the whole module as the published files are: classes of a module called `model`, perhaps
+    in DataParallel.
+    """
     wrapped = nn.DataParallel(head) if parallel else head
     if parallel:  # what DataParallel holds on a machine with two GPUs
         wrapped.device_ids, wrapped.output_device, wrapped.src_device_obj = (
@@ -312,7 +321,8 @@ def test_our_checkpoint_comes_back_with_its_record(tmp_path: Path) -> None:
     found = model.load_head(tmp_path / "head.pt")
     assert found.info == info
     assert all(
-        torch.equal(a, b) for a, b in zip(found.state_dict().values(), head.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(found.state_dict().values(), head.state_dict().values(), strict=True)
     )
     torch.load(tmp_path / "head.pt", weights_only=True)
 

@@ -1,4 +1,6 @@
-"""Memory by the row: what a corpus of a million must not multiply.    python -m pytest tests/test_scale.py"""
+"""Memory by the row: what a corpus of a million must not multiply.    python -m pytest
+tests/test_scale.py
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,7 @@ def test_laying_out_a_cache(tmp_path: Path, trials: list[Trial]) -> None:
 def test_extracting_and_opening_a_cache(
     tmp_path: Path, trials: list[Trial], stand_ins: None
 ) -> None:
-    """Rows are written, marked and forgotten; a cache that is opened holds names and labels once."""
+    """Rows are written, marked and forgotten; an open cache holds names and labels once."""
     writer = CacheWriter(tmp_path, trials, {"feat": "mel"}, SHAPE)
     args = argparse.Namespace(
         task="codecfake", batch_size=128, max_failed=0, num_workers=0, precision="fp32"
@@ -114,8 +116,8 @@ def test_scoring(trials: list[Trial], stand_ins: None) -> None:
         {"cheap": bench_scale.CheapHead()},
     )
     computed = []
-    scorer.logits = lambda clips, plainly=scorer.logits: computed.append(len(clips)) or plainly(
-        clips
+    scorer.logits = lambda clips, plainly=scorer.logits: (
+        computed.append(len(clips)) or plainly(clips)
     )
     assert (
         peak_a_row(lambda: next(scorer.score_files({"train": [trial.path for trial in trials]}, 0)))
@@ -156,7 +158,9 @@ def test_the_figures_of_the_whole_job() -> None:
 
 
 def test_hours_are_those_of_the_slowest_resource() -> None:
-    """360,000 clips: decoded at 2 x 50 a second in 1 h, computed at 50 in 2 h, 400 kB each written at 10 MB/s in 4 h."""
+    """360,000 clips: decoded at 2 x 50 a second in 1 h, computed at 50 in 2 h, 400 kB each written
+    at 10 MB/s in 4 h.
+    """
     job = scale.Job("", decoded=360_000, front_end=360_000, written=360_000)
     machine = scale.Machine(
         "",
@@ -183,7 +187,9 @@ def test_hours_are_those_of_the_slowest_resource() -> None:
 
 
 def test_the_estimate_for_gpus_follows_its_assumptions(tmp_path: Path) -> None:
-    """1 TFLOP/s at half its peak: 10 clips a second of 50 GFLOP; eight GPUs, eight times; training takes three forwards."""
+    """1 TFLOP/s at half its peak: 10 clips a second of 50 GFLOP; eight GPUs, eight times; training
+    takes three forwards.
+    """
     given = {
         "front_end": 1,
         "head": 1,

@@ -3,9 +3,9 @@
     python -m tests.torture                             # everything, about 10 minutes on 2 cores
     python -m tests.torture --only kill damage --cases 50 --seed 7
 
-Prints a table of figures and writes it to tests/TORTURE.md. Exits with 1 if any case fails. Every case ends in
-one of three ways that are right: the result is *equal* to the undisturbed run's, the damage is *detected* and
-named, or the input is *refused* in one line.
+Prints a table of figures and writes it to tests/TORTURE.md. Exits with 1 if any case fails. Every
+case ends in one of three ways that are right: the result is *equal* to the undisturbed run's, the
+damage is *detected* and named, or the input is *refused* in one line.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from unittest import mock
 
@@ -41,7 +41,7 @@ import main_train
 import model
 import preprocess
 from evaluation.results import evaluate, find_models
-from formats import feature_cache, torch_files
+from formats import feature_cache, torch_files, training_state
 from runtime.cli import InputError
 from tests.conftest import make_codecfake, make_itw
 from tests.faults import (
@@ -108,7 +108,10 @@ class Stage:
         self.script.main([*self.options, self.output, str(out), "--num_workers", str(workers)])
 
     def contents(self, out: Path) -> dict[str, object]:
-        """Everything a run leaves, by file. Times are left out, and TensorBoard's files, which hold them."""
+        """Everything a run leaves, by file.
+
+        Times are left out, and TensorBoard's files, which hold them.
+        """
         return {
             str(path.relative_to(out)): _content(path)
             for path in sorted(out.rglob("*"))
@@ -147,7 +150,9 @@ def _without_times(value: object) -> object:
 
 
 def make_stages(folder: Path) -> dict[str, Stage]:
-    """preprocess, train and score on corpora of a few clips; every step is saved, shards hold four rows."""
+    """preprocess, train and score on corpora of a few clips; every step is saved, shards hold four
+    rows.
+    """
     feature_cache.ROWS_PER_SHARD, preprocess.FLUSH_EVERY, main_train.SAVE_EVERY = 4, 2, -1
     make_codecfake(folder / "Codecfake", n_real=2)
     make_itw(folder / "ITW")
@@ -226,7 +231,9 @@ class Bench:
 
 
 def kill(bench: Bench) -> Iterator[Case]:
-    """SIGKILL at actions of the disk and at any time, SIGINT and SIGTERM; then the same command again."""
+    """SIGKILL at actions of the disk and at any time, SIGINT and SIGTERM; then the same command
+    again.
+    """
     for number, stage in itertools.product(range(30), bench.stages.values()):
         at, out = (
             1 + (number * stage.actions // 30 + bench.rng.randrange(3)) % stage.actions,
@@ -235,7 +242,7 @@ def kill(bench: Bench) -> Iterator[Case]:
         yield Case(f"{stage.name}: killed at action {at}", _killed_at(stage, out, at))
     for _, stage in itertools.product(range(8), bench.stages.values()):
         out, delay = stage.new_folder(), bench.rng.uniform(0.01, 0.8)
-        child = Child(lambda: stage.main(out, workers=0))
+        child = Child(partial(stage.main, out, workers=0))
         time.sleep(delay)
         child.signal(signal.SIGKILL)
         child.wait()
@@ -248,14 +255,15 @@ def kill(bench: Bench) -> Iterator[Case]:
         )
 
 
+def _burn(fuse: Fuse, stage: Stage, out: Path) -> None:
+    """Run a stage while the fuse is set."""
+    with fuse.installed():
+        stage.main(out)
+
+
 def _killed_at(stage: Stage, out: Path, at: int) -> str:
     fuse = Fuse(stage.folder, at, killed)
-
-    def main() -> None:
-        with fuse.installed():
-            stage.main(out)
-
-    outcome = run_child(main)
+    outcome = run_child(partial(_burn, fuse, stage, out))
     return (
         stage.ending(out)
         if outcome.code == -signal.SIGKILL
@@ -283,7 +291,9 @@ def _interrupted(stage: Stage, number: int, delay: float, workers: int) -> Case:
 
 
 def disk(bench: Bench) -> Iterator[Case]:
-    """Every action of the disk fails in turn (full, read-only, no permission, broken), files vanish, reads are slow."""
+    """Every action of the disk fails in turn (full, read-only, no permission, broken), files
+    vanish, reads are slow.
+    """
     for number, stage in itertools.product(range(20), bench.stages.values()):
         at, error = (
             1 + (number * stage.actions // 20 + bench.rng.randrange(3)) % stage.actions,
@@ -291,13 +301,9 @@ def disk(bench: Bench) -> Iterator[Case]:
         )
         out, fuse = stage.new_folder(), Fuse(stage.folder, at, fails_with(error))
 
-        def main() -> None:
-            with fuse.installed():
-                stage.main(out)
-
         yield Case(
             f"{stage.name}: {os.strerror(error)} from action {at}",
-            _refused_then_equal(stage, out, run_child(main)),
+            _refused_then_equal(stage, out, run_child(partial(_burn, fuse, stage, out))),
         )
     for workers, (name, gone, moment) in itertools.product((0, 2), _vanishing(bench)):
         stage, out = bench.stages[name], bench.stages[name].new_folder()
@@ -361,7 +367,9 @@ def _slow(function: Callable) -> Callable:
 
 
 def concurrent(bench: Bench) -> Iterator[Case]:
-    """A second process on the same output stops; a killed owner's lock does not outlive it, though its helpers do."""
+    """A second process on the same output stops; a killed owner's lock does not outlive it, though
+    its helpers do.
+    """
     for _, workers, stage in itertools.product(range(2), (0, 2), bench.stages.values()):
         at = bench.rng.randrange(1, stage.actions // 2)
         yield Case(
@@ -404,7 +412,10 @@ def _second(stage: Stage, at: int, workers: int, kill_owner: bool) -> str:
 
 
 def damaged(bench: Bench) -> Iterator[Case]:
-    """Flipped bits, cuts, zeros, swapped rows and files in all that is kept. Caches are repaired to the same bytes."""
+    """Flipped bits, cuts, zeros, swapped rows and files in all that is kept.
+
+    Caches are repaired to the same bytes.
+    """
     stage, kept = (
         bench.stages["preprocess"],
         (
@@ -515,7 +526,7 @@ def _load_checkpoint(path: Path) -> object:
     if path.name == "last_state.pt":
         if not path.exists():
             raise InputError(f"{path} is gone: the run starts again")
-        return _without_times(main_train.read_state(path))
+        return _without_times(asdict(training_state.read_state(path)))
     head = model.load_head(path)
     return _without_times(dict(head.state_dict())), head.info
 
@@ -524,7 +535,8 @@ def _evaluated(folder: Path) -> object:
     [found] = find_models([folder], ("C1", "C2", "C7"))
     if set(found.files) != {"C1", "C2", "C7"}:
         raise InputError(
-            f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, C7_result.txt that is absent"
+            f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, "
+            f"C7_result.txt that is absent"
         )
     results = list(evaluate(found, 0).results.values())
     if changed := [str(result.file) for result in results if result.changed]:
@@ -546,7 +558,9 @@ AUDIO_A_CHILD = 40
 
 
 def audio(bench: Bench) -> Iterator[Case]:
-    """Fuzzed recordings: each loads as a clip of finite samples, or is refused by name, in bounded time and memory."""
+    """Fuzzed recordings: each loads as a clip of finite samples, or is refused by name, in bounded
+    time and memory.
+    """
     recipes = [*_odd_recordings(), *_mutations(bench.rng)]
     for first in range(0, len(recipes), AUDIO_A_CHILD):
         folder = bench.folder / f"audio{first}"
@@ -555,7 +569,7 @@ def audio(bench: Bench) -> Iterator[Case]:
         for number, (name, make) in enumerate(recipes[first : first + AUDIO_A_CHILD], start=first):
             paths.append(folder / f"{number}_{name}")
             make(paths[-1])
-        outcome = run_child(lambda: _load_all(paths), limit=300)
+        outcome = run_child(partial(_load_all, paths), limit=300)
         reports = dict(json.loads(line) for line in outcome.out.splitlines())
         for path in paths:
             ending = reports.get(str(path), f"ended the process with {outcome.code}")
@@ -722,7 +736,9 @@ def _encoded(suffix: str) -> bytes:
 def _mutations(
     rng: random.Random, count: int = 900
 ) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """Recordings with bits flipped, above all in their heads, cut, spliced or with a byte run changed."""
+    """Recordings with bits flipped, above all in their heads, cut, spliced or with a byte run
+    changed.
+    """
     for number in range(count):
         suffix = ("wav", "flac", "ogg", "mp3")[number % 4]
         data = bytearray(_encoded(suffix))
@@ -749,7 +765,9 @@ def _mutations(
 
 
 def hostile(bench: Bench) -> Iterator[Case]:
-    """Files that would run code, or fill memory or time, where checkpoints, features and resume states are expected."""
+    """Files that would run code, or fill memory or time, where checkpoints, features and resume
+    states are expected.
+    """
     folder, canary = bench.folder / "hostile", bench.folder / "canary"
     files = hostile_archives(folder)
     for number, (name, (program, _)) in enumerate(HOSTILE_PROGRAMS.items()):
@@ -761,13 +779,13 @@ def hostile(bench: Bench) -> Iterator[Case]:
         torch.save(content, files[name])
     readers = {
         "checkpoint": model.load_head,
-        "state": main_train.read_state,
+        "state": training_state.read_state,
         "feature": _read_feature,
     }
     for (name, path), (place, read) in itertools.product(files.items(), readers.items()):
         if path.is_dir() and place == "checkpoint":
             continue  # a folder is a fair way to name a checkpoint
-        outcome = run_child(lambda: read(path), limit=2 * LOAD_SECONDS)
+        outcome = run_child(partial(read, path), limit=2 * LOAD_SECONDS)
         ending = (
             "refused"
             if outcome.refused and path.name in outcome.err
@@ -843,7 +861,9 @@ NAMES = (
 
 
 def protocol(bench: Bench) -> Iterator[Case]:
-    """Rows that lead out of the corpus, drive a terminal, or never end: refused with file and row, or harmless."""
+    """Rows that lead out of the corpus, drive a terminal, or never end: refused with file and row,
+    or harmless.
+    """
     for task, (part, file, row) in LISTS.items():
         for name, place in itertools.product(NAMES, range(2)):
             fields = (name, "x") if place == 0 else ("x.wav", name)
@@ -906,11 +926,15 @@ def _read_list(bench: Bench, task: str, part: str, file: str, data: bytes) -> Ca
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────
 
-HEADING = "| group | cases | equal | detected | refused | failures | seconds |\n|---|---|---|---|---|---|---|"
+HEADING = (
+    "| group | cases | equal | detected | refused | failures | seconds |\n"
+    "|---|---|---|---|---|---|---|"
+)
 PAGE = """# Survives anything
 
-Made by `python -m tests.torture --seed {seed}`. *Equal*: the result, resumed or repaired where that is called for, has the bytes of an
-undisturbed run's, or what was read is whole. *Detected*: the damage is named. *Refused*: one line, and nothing is run, lost or half-written.
+Made by `python -m tests.torture --seed {seed}`. *Equal*: the result, resumed or repaired where that
+is called for, has the bytes of an undisturbed run's, or what was read is whole. *Detected*: the
+damage is named. *Refused*: one line, and nothing is run, lost or half-written.
 
 {table}
 
@@ -968,6 +992,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pool.map(
                 run_group, args.only, itertools.repeat(args.cases), itertools.repeat(args.seed)
             ),
+            strict=True,
         ):
             failures += [f"{name}: {case.what}: {case.ending}" for case in cases if case.failed]
             rows.append(_row(name, cases, seconds))
