@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from torch import Tensor
 
+from formats import decoders
+from formats.decoders import Decoded
 from runtime.cli import InputError
 
 SAMPLE_RATE = 16_000
 CLIP_SAMPLES = 64_600  # 4.04 s, the published clip length
-FASTEST_RATE = 768_000  # Hz; converters go no higher
 LOOK_AHEAD = 4096  # samples at the lower of the two rates; 1024 do up to 96 kHz
 RESAMPLER = f"soxr {soxr.__version__} HQ"  # what makes clips of files that are not at 16 kHz
 
@@ -32,6 +29,7 @@ class Recording(NamedTuple):
 
     clip: Tensor  # (64600,) float32
     rate: int  # the file's own, Hz; RESAMPLER made the clip where it is not 16 kHz
+    decoder: str = decoders.LIBSNDFILE  # or decoders.FFMPEG
 
 
 def load_clip(path: str | Path) -> Tensor:
@@ -49,81 +47,61 @@ def load_clip(path: str | Path) -> Tensor:
 
 def load_recording(path: str | Path) -> Recording:
     """load_clip(), and how the file was read."""
-    samples, rate = _read_start(path)
-    clip = samples
-    if rate != SAMPLE_RATE:
-        clip = resample(samples, rate)[:CLIP_SAMPLES]
+    decoded = decoders.read_start(path, _samples_needed)
+    clip = _at_16_khz(path, decoded)[:CLIP_SAMPLES]
+    return Recording(torch.from_numpy(np.resize(clip, CLIP_SAMPLES)), decoded.rate, decoded.decoder)
+
+
+def _at_16_khz(path: str | Path, decoded: Decoded) -> np.ndarray:
+    samples = decoded.samples
+    clip = samples if decoded.rate == SAMPLE_RATE else resample(samples, decoded.rate)
     if not np.isfinite(samples).all() or not np.isfinite(clip).all():
         raise InputError(
             f"{path}: holds samples that are not finite (NaN, infinity, or too large to compute "
             "with); repair the file or take it out"
         )
-    return Recording(torch.from_numpy(np.resize(clip, CLIP_SAMPLES)), rate)
+    return clip
 
 
-def _read_start(path: str | Path) -> tuple[np.ndarray, int]:
-    """As many mono samples, at the file's own rate, as a clip is made of."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
-            raise InputError(
-                f"{path}: expected an audio file, found something that is not a regular file"
-            )
-        with soundfile.SoundFile(os.fsencode(path)) as file:  # names need not be UTF-8
-            if not 1 <= file.samplerate <= FASTEST_RATE:
-                raise InputError(
-                    f"{path}: expected a sampling rate up to {FASTEST_RATE} Hz, got "
-                    f"{file.samplerate}"
-                )
-            wanted = _samples_needed(file.samplerate)
-            step = max(
-                1, 2**20 // file.channels
-            )  # bounds memory, whatever channel count a header claims
-            blocks = []
-            while wanted > 0 and len(
-                block := file.read(min(step, wanted), dtype="float32", always_2d=True)
-            ):
-                with np.errstate(
-                    over="ignore", invalid="ignore"
-                ):  # what comes of it is refused by name
-                    blocks.append(block.mean(axis=1))
-                wanted -= len(block)
-            rate = file.samplerate
-            if wanted > 0:  # a longer file may be cut wherever it likes, the clip is the same
-                _require_whole(path, file.extra_info)
-    except (
-        soundfile.LibsndfileError,
-        RuntimeError,
-        TypeError,
-    ) as error:  # TypeError: headerless .raw
-        reason = str(getattr(error, "error_string", error)).strip().rstrip(".")
-        raise InputError(
-            f"{path}: cannot be read as audio ({reason}); fetch the file again or take it out"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if not blocks:
-        raise InputError(
-            f"{path}: expected audio, found no samples in it; fetch the file again or take it out"
-        )
-    return np.concatenate(blocks), rate
+# ── A person's own recordings ────────────────────────────────────────────────────────────────────
+
+SILENCE = 1e-4  # between the lowest and the highest sample: three steps of 16 bits
+CANCELLED = 0.01  # of the channels' peak: what their mean must exceed
+SHORTEST = 400  # samples at 16 kHz: the frame of wav2vec 2.0, 25 ms
 
 
-# What libsndfile reports of the chunk with the samples, in WAV, AIFF and AU.
-ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-NO_LENGTH = 2**31 - 2**16  # bytes; what writes into a pipe announces this much or more
-SLACK = 128  # bytes; some writers count the header
+class Inspection(NamedTuple):
+    """What a verdict on a recording has to be read with."""
+
+    seconds: float  # as decoded, to the end of the file
+    nothing_to_judge: str | None  # why there can be no verdict
+    note: str | None
 
 
-def _require_whole(path: str | Path, report: str) -> None:
-    """Raises InputError where a header announces more samples than the file holds, as after a
-    broken copy.
+def inspect(path: str | Path) -> Inspection:
+    """Decode a whole recording and look at the part that is judged.
+
+    Raises:
+        InputError: as load_clip(); a fault behind the part that is judged is one too.
     """
-    for announced, found in ANNOUNCED.findall(report):
-        if int(found) + SLACK < int(announced) < NO_LENGTH:
-            raise InputError(
-                f"{path}: cut short: announces {announced} bytes of samples, has {found}; fetch "
-                f"the file again or take it out"
-            )
+    decoded = decoders.read_start(path, lambda rate: None)
+    start = decoded._replace(samples=decoded.samples[: _samples_needed(decoded.rate)])
+    clip = _at_16_khz(path, start)[:CLIP_SAMPLES]
+    note = None
+    if decoded.peak > 2:
+        note = f"levels over 1 (up to {decoded.peak:g}): scale the samples to -1 .. 1"
+    return Inspection(len(decoded.samples) / decoded.rate, _fault(clip, start.peak), note)
+
+
+def _fault(clip: np.ndarray, peak: float) -> str | None:
+    if len(clip) < SHORTEST:
+        return f"it lasts {1000 * len(clip) / SAMPLE_RATE:g} ms"
+    span = float(clip.max() - clip.min())
+    if peak > SILENCE and span < CANCELLED * peak and float(np.abs(clip).max()) < CANCELLED * peak:
+        return "its channels cancel one another"
+    if span < SILENCE:
+        return "its first 4.04 s are silent"
+    return None
 
 
 # ── Sampling rates ───────────────────────────────────────────────────────────────────────────────
