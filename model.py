@@ -488,9 +488,7 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Turn released weights into a checkpoint of this program."
-    )
+    parser = cli.Parser(description="Turn released weights into a checkpoint of this program.")
     parser.add_argument(
         "released", type=Path, help="a released anti-spoofing_feat_model.pt, or its folder"
     )
