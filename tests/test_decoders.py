@@ -171,3 +171,16 @@ def test_levels_of_integer_scale_are_noticed(tmp_path: Path) -> None:
         soundfile.write(tmp_path / "x.wav", wave, 16_000, subtype="FLOAT")
         note = audio.inspect(tmp_path / "x.wav").note
         assert ("levels over 1" in note) if noticed else note is None
+
+
+def test_verdicts_say_what_they_rest_on(tmp_path: Path) -> None:
+    import generate_score
+
+    soundfile.write(tmp_path / "silent.wav", np.zeros(32_000), 16_000)
+    soundfile.write(tmp_path / "tone.wav", np.sin(np.arange(32_000)) * 0.5, 16_000)
+    silent, tone = (
+        generate_score.describe_verdict(str(tmp_path / name), 0.75)
+        for name in ("silent.wav", "tone.wav")
+    )
+    assert "nothing to judge" in silent and "real" not in silent
+    assert tone.split() == ["2.00", "s", "0.750000", "real"]

@@ -495,6 +495,16 @@ def test_any_lack_of_memory_says_what_to_lower(why: str) -> None:
         raise RuntimeError(why)
 
 
+def test_published_precision_is_tf32_in_convolutions_alone(capsys) -> None:
+    devices.set_precision("published", torch.device("cpu"))
+    try:
+        assert torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert "on the CPU it is fp32" in "".join(capsys.readouterr())
+    finally:
+        devices.set_precision("fp32", torch.device("cpu"))
+
+
 def test_float32_is_float32_unless_tf32_is_asked_for() -> None:
     backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
     for precision, allowed in (("tf32", True), ("fp32", False), ("tf32", True), ("bf16", False)):
