@@ -90,23 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on without audio that is absent or unreadable; it is listed beside the scores",
     )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--result_folder",
-        type=Path,
-        metavar="DIR",
-        help=f"where score files go (default: {cli.RESULT_FOLDER}; -t audio writes none unless "
-        "given)",
-    )
-    output.add_argument(
-        "--llr",
-        action="store_true",
-        help="write the difference of the logits, which does not saturate, instead of the "
-        "probability",
-    )
-    output.add_argument(
-        "--overwrite", action="store_true", help="score subsets again whose score files are there"
-    )
+    _add_output_options(parser.add_argument_group("output"))
     compute = cli.add_compute_options(
         parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)"
     )
@@ -117,6 +101,24 @@ def get_parser() -> argparse.ArgumentParser:
         help="arithmetic (default: %(default)s)",
     )
     return parser
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--result_folder",
+        type=Path,
+        metavar="DIR",
+        help=f"where score files go (default: {cli.RESULT_FOLDER}; -t audio writes none unless "
+        "given)",
+    )
+    add(
+        "--llr",
+        action="store_true",
+        help="write the difference of the logits, which does not saturate, instead of the "
+        "probability",
+    )
+    add("--overwrite", action="store_true", help="score subsets again whose score files are there")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -91,18 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     _add_optimiser_options(parser.add_argument_group("optimiser: Adam"))
     _add_sharpness_options(parser.add_argument_group("sharpness-aware minimisation"))
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "-o",
-        "--out_fold",
-        type=Path,
-        metavar="DIR",
-        default=cli.MODEL_FOLDER,
-        help="output folder (default: %(default)s)",
-    )
-    output.add_argument(
-        "--continue_training", **cli.SWITCH, help="go on with the run in --out_fold"
-    )
+    _add_output_options(parser.add_argument_group("output"))
     compute = cli.add_compute_options(
         parser, "clips a step, of all processes together (default: %(default)s)", batch_size=128
     )
@@ -186,6 +175,19 @@ def _add_sharpness_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--rho", type=float, default=0.05, help="radius of the neighbourhood (default: %(default)s)"
     )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "-o",
+        "--out_fold",
+        type=Path,
+        metavar="DIR",
+        default=cli.MODEL_FOLDER,
+        help="output folder (default: %(default)s)",
+    )
+    add("--continue_training", **cli.SWITCH, help="go on with the run in --out_fold")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

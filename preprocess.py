@@ -76,25 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="stored values: float32 exact, float16 half its bytes, sqrt8 a quarter, 8-bit square "
         "roots within about 1 %% (default: %(default)s)",
     )
-    faults = parser.add_argument_group("missing and damaged files")
-    faults.add_argument(
-        "--skip_missing",
-        action="store_true",
-        help="go on without files that the protocol names but that are absent",
-    )
-    faults.add_argument(
-        "--max_failed",
-        type=cli.percent,
-        default=0.1,
-        metavar="PERCENT",
-        help="stop when more of the files cannot be read (default: %(default)s %%)",
-    )
-    faults.add_argument(
-        "--verify", action="store_true", help="check every row of an existing cache instead"
-    )
-    faults.add_argument(
-        "--repair", action="store_true", help="with --verify: extract the damaged rows anew"
-    )
+    _add_fault_options(parser.add_argument_group("missing and damaged files"))
     compute = cli.add_compute_options(
         parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)"
     )
@@ -105,6 +87,24 @@ def get_parser() -> argparse.ArgumentParser:
         help="arithmetic of the front end (default: %(default)s)",
     )
     return parser
+
+
+def _add_fault_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--skip_missing",
+        action="store_true",
+        help="go on without files that the protocol names but that are absent",
+    )
+    add(
+        "--max_failed",
+        type=cli.percent,
+        default=0.1,
+        metavar="PERCENT",
+        help="stop when more of the files cannot be read (default: %(default)s %%)",
+    )
+    add("--verify", action="store_true", help="check every row of an existing cache instead")
+    add("--repair", action="store_true", help="with --verify: extract the damaged rows anew")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -340,75 +340,85 @@ def on_gpus(count: int, here: Machine, args: argparse.Namespace) -> Machine:
     )
 
 
+MEASURED = (
+    ("front_end", "front end, clips/s"),
+    ("head", "head forwards, clips/s"),
+    ("train", "head trained (no SAM), clips/s"),
+    ("decode", "decoding, files/s and core"),
+    ("rows", "cached rows, rows/s and core"),
+    ("front_end_gflop", "front end, GFLOP a clip"),
+    ("head_gflop", "head forwards, GFLOP a clip (trained: three times)"),
+)
+ASSUMED = (
+    ("gpu_tflops", "GPU's peak, TFLOP/s"),
+    ("front_end_share", "share of it that the front end reaches"),
+    ("head_share", "share of it that the head reaches"),
+    ("gpu_cores", "CPU cores a GPU"),
+    ("disk", "disk, GB/s"),
+    ("audio_kb", "audio file, kB"),
+)
+
+
 def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str]) -> str:
-    row_bytes = row_type(args.dtype, dataset.FEATURE_SHAPES["xls-r-5"]).itemsize
     lines = [
         "# What the whole job costs",
         "",
         f"Written by `benchmarks/scale.py`; {os.cpu_count()} cores, {platform.machine()}, torch "
-        f"{torch.__version__}, "
-        f"torch threads: {torch.get_num_threads()}; W2V2-AASIST on xls-r-5, cache in {args.dtype}.",
+        f"{torch.__version__}, torch threads: {torch.get_num_threads()}; W2V2-AASIST on xls-r-5, "
+        f"cache in {args.dtype}.",
         "",
-        "| figure | value | source |",
-        "| :-- | --: | :-- |",
-    ]
-    for name, text in (
-        ("front_end", "front end, clips/s"),
-        ("head", "head forwards, clips/s"),
-        ("train", "head trained (no SAM), clips/s"),
-        ("decode", "decoding, files/s and core"),
-        ("rows", "cached rows, rows/s and core"),
-        ("front_end_gflop", "front end, GFLOP a clip"),
-        ("head_gflop", "head forwards, GFLOP a clip (trained: three times)"),
-    ):
-        lines.append(
-            f"| {text} | {getattr(args, name):.4g} | {'given' if name in given else 'measured'} |"
-        )
-    for name, text in (
-        ("gpu_tflops", "GPU's peak, TFLOP/s"),
-        ("front_end_share", "share of it that the front end reaches"),
-        ("head_share", "share of it that the head reaches"),
-        ("gpu_cores", "CPU cores a GPU"),
-        ("disk", "disk, GB/s"),
-        ("audio_kb", "audio file, kB"),
-    ):
-        lines.append(f"| {text} | {getattr(args, name):.4g} | assumed (`--{name}`) |")
-    lines += [
+        *rates_table(args, given),
         "",
         f"## Hours and what limits them (**{machines[0].name}: computed from measured rates; GPUs: "
-        f"an estimate, not measured**)",
+        "an estimate, not measured**)",
         "",
+        *hours_table(args, machines),
+        "",
+        "decode: reading audio and cached rows on the CPU cores; compute: front end and head; "
+        "disk: bytes of audio and cache. They work side by side; on this machine decoding and "
+        "networks share the cores and add up.",
+        "",
+        "## Bytes on the disk, GB",
+        "",
+        *bytes_table(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rates_table(args: argparse.Namespace, given: set[str]) -> list[str]:
+    lines = ["| figure | value | source |", "| :-- | --: | :-- |"]
+    for name, text in MEASURED:
+        source = "given" if name in given else "measured"
+        lines.append(f"| {text} | {getattr(args, name):.4g} | {source} |")
+    for name, text in ASSUMED:
+        lines.append(f"| {text} | {getattr(args, name):.4g} | assumed (`--{name}`) |")
+    return lines
+
+
+def hours_table(args: argparse.Namespace, machines: Sequence[Machine]) -> list[str]:
+    row_bytes = row_type(args.dtype, dataset.FEATURE_SHAPES["xls-r-5"]).itemsize
+    lines = [
         "| job | " + " | ".join(machine.name for machine in machines) + " |",
         "| :-- |" + " --: |" * len(machines),
     ]
     for job in jobs():
-        cells = (
-            hours(seconds(job, machine, row_bytes, args.audio_kb * 1e3), machine)
-            for machine in machines
-        )
-        lines.append(
-            f"| {job.name} | "
-            + " | ".join(f"{time_:.3g} h, {limit}" for time_, limit in cells)
-            + " |"
-        )
-    lines += [
-        "",
-        "decode: reading audio and cached rows on the CPU cores; compute: front end and head; "
-        "disk: bytes of audio and cache. They work side by "
-        "side; on this machine decoding and networks share the cores and add up.",
-        "",
-        "## Bytes on the disk, GB",
-        "",
+        cells = []
+        for machine in machines:
+            time_, limit = hours(seconds(job, machine, row_bytes, args.audio_kb * 1e3), machine)
+            cells.append(f"{time_:.3g} h, {limit}")
+        lines.append(f"| {job.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def bytes_table() -> list[str]:
+    lines = [
         f"| clips | the reference's .pt | {' | '.join(DTYPES)} |",
         "| :-- | --: |" + " --: |" * len(DTYPES),
     ]
     for name, clips in (*PARTS.items(), ("all", sum(PARTS.values()))):
-        lines.append(
-            f"| {name}: {clips:,} | "
-            + " | ".join(f"{size / 1e9:,.1f}" for size in disk_bytes(clips).values())
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+        sizes = " | ".join(f"{size / 1e9:,.1f}" for size in disk_bytes(clips).values())
+        lines.append(f"| {name}: {clips:,} | {sizes} |")
+    return lines
 
 
 def disk_bytes(clips: int) -> dict[str, int]:

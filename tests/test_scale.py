@@ -98,8 +98,8 @@ def test_extracting_and_opening_a_cache(
                 args, "train", writer, bench_scale.CheapFrontEnd(), set(), torch.device("cpu")
             )
         )
-        < 240
-    )  # 160
+        < 280
+    )  # 160 to 250, by numpy's version
     writer.close()
     assert peak_a_row(lambda: FeatureCache(tmp_path)) < 250  # 207
     assert len(FeatureCache(tmp_path).names) == ROWS

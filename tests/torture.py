@@ -149,70 +149,37 @@ def _without_times(value: object) -> object:
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
 
 
+MEL = ["-t", "codecfake", "--feat", "mel"]
+
+
 def make_stages(folder: Path) -> dict[str, Stage]:
-    """preprocess, train and score on corpora of a few clips; every step is saved, shards hold four
-    rows.
-    """
+    """preprocess, train and score on few clips; every step is saved, a shard holds four rows."""
     feature_cache.ROWS_PER_SHARD, preprocess.FLUSH_EVERY, main_train.SAVE_EVERY = 4, 2, -1
     make_codecfake(folder / "Codecfake", n_real=2)
     make_itw(folder / "ITW")
     (folder / "head").mkdir()
     torch.manual_seed(0)
-    model.save_head(
-        folder / "head" / model.WEIGHTS,
-        model.LCNN("mel"),
-        {"feat": "mel", "train_task": "codecfake"},
-    )
-    mel = ["-t", "codecfake", "--feat", "mel"]
-    features = Stage(
-        "preprocess",
-        preprocess,
-        [*mel, "-d", folder / "Codecfake", "--batch_size", 2],
-        "-f",
-        folder,
-    )
+    info = {"feat": "mel", "train_task": "codecfake"}
+    model.save_head(folder / "head" / model.WEIGHTS, model.LCNN("mel"), info)
+    extraction = [*MEL, "-d", folder / "Codecfake", "--batch_size", 2]
+    features = Stage("preprocess", preprocess, extraction, "-f", folder)
     shutil.move(folder / "preprocess1", folder / "features")
     return {
         "preprocess": features,
-        "train": Stage(
-            "train",
-            main_train,
-            [
-                *mel,
-                "-m",
-                "lcnn",
-                "-f",
-                folder / "features",
-                "--batch_size",
-                3,
-                "--num_epochs",
-                2,
-                "--continue_training",
-            ],
-            "-o",
-            folder,
-        ),
-        "score": Stage(
-            "score",
-            generate_score,
-            [
-                "-t",
-                "codecfake",
-                "--subset",
-                "C1",
-                "C2",
-                "C7",
-                "-d",
-                folder / "Codecfake",
-                "--batch_size",
-                3,
-                "--model_folder",
-                folder / "head",
-            ],
-            "--result_folder",
-            folder,
-        ),
+        "train": Stage("train", main_train, _training(folder), "-o", folder),
+        "score": Stage("score", generate_score, _scoring(folder), "--result_folder", folder),
     }
+
+
+def _training(folder: Path) -> list[object]:
+    sizes = ["--batch_size", 3, "--num_epochs", 2]
+    return [*MEL, "-m", "lcnn", "-f", folder / "features", *sizes, "--continue_training"]
+
+
+def _scoring(folder: Path) -> list[object]:
+    subsets = ["--subset", "C1", "C2", "C7"]
+    head = ["--batch_size", 3, "--model_folder", folder / "head"]
+    return ["-t", "codecfake", *subsets, "-d", folder / "Codecfake", *head]
 
 
 @dataclass
@@ -641,58 +608,54 @@ def _header(
     )
 
 
-def _odd_recordings() -> Iterator[tuple[str, Callable[[Path], object]]]:
+Maker = Callable[[Path], object]  # writes a file
+ODD_RATES = [1, 2, 7, 100, 999, 4_000, 8_000, 11_025, 22_050, 44_100, 44_101, 48_000, 96_000]
+ODD_RATES += [192_000, 384_000, 767_999, 768_000, 768_001, 2**31 - 1]
+
+
+def _raw(data: bytes) -> Maker:
+    return lambda path: path.write_bytes(data)
+
+
+def _sound(samples: np.ndarray, rate: int = 16_000, **options: str) -> Maker:
+    return lambda path: soundfile.write(path, samples, rate, **options)
+
+
+def _odd_recordings() -> Iterator[tuple[str, Maker]]:
     """Recordings that are odd on purpose, by the name of what is odd."""
+    yield from _odd_headers()
+    yield from _odd_samples()
+    yield from _odd_files()
 
-    def sound(samples, rate=16_000, **options):
-        return lambda path: soundfile.write(path, samples, rate, **options)
 
-    def raw(data: bytes):
-        return lambda path: path.write_bytes(data)
-
-    for rate in (
-        1,
-        2,
-        7,
-        100,
-        999,
-        4_000,
-        8_000,
-        11_025,
-        22_050,
-        44_100,
-        44_101,
-        48_000,
-        96_000,
-        192_000,
-        384_000,
-        767_999,
-        768_000,
-        768_001,
-        2**31 - 1,
-    ):
-        yield (
-            f"rate{rate}.wav",
-            raw(_header(rate) + _wave().astype(np.int16).tobytes()[:2000].ljust(2000, b"\1")),
-        )
-    for channels in (2, 3, 8, 255, 1024):
-        yield f"channels{channels}.wav", sound(_wave(0.05, channels=channels))
+def _odd_headers() -> Iterator[tuple[str, Maker]]:
+    for rate in ODD_RATES:
+        samples = _wave().astype(np.int16).tobytes()[:2000].ljust(2000, b"\1")
+        yield f"rate{rate}.wav", _raw(_header(rate) + samples)
     for channels in (0, 1025, 65_535):
-        yield f"channels{channels}.wav", raw(_header(channels=channels) + bytes(2000))
+        yield f"channels{channels}.wav", _raw(_header(channels=channels) + bytes(2000))
     for length in (0, 1, 2, 2**31, 2**32 - 1, 1_999, 100_000_000):
-        yield f"claims{length}.wav", raw(_header(length=length) + bytes(2000))
+        yield f"claims{length}.wav", _raw(_header(length=length) + bytes(2000))
     for bits in (0, 1, 7, 8, 12, 24, 32, 64, 65_535):
-        yield f"bits{bits}.wav", raw(_header(bits=bits) + bytes(2000))
+        yield f"bits{bits}.wav", _raw(_header(bits=bits) + bytes(2000))
     for kind in (0, 2, 3, 6, 7, 17, 49, 85, 0xFFFE, 0xFFFF):
-        yield f"codec{kind}.wav", raw(_header(kind=kind) + bytes(2000))
+        yield f"codec{kind}.wav", _raw(_header(kind=kind) + bytes(2000))
+
+
+def _odd_samples() -> Iterator[tuple[str, Maker]]:
+    for channels in (2, 3, 8, 255, 1024):
+        yield f"channels{channels}.wav", _sound(_wave(0.05, channels=channels))
     for value in (np.nan, np.inf, -np.inf, 1e38, 1e-45):
         samples = _wave()
         samples[100] = value
-        yield f"value{value}.wav", sound(samples, subtype="FLOAT")
+        yield f"value{value}.wav", _sound(samples, subtype="FLOAT")
     for count in (0, 1, 2, 64_599, 64_600, 64_601):
-        yield f"samples{count}.wav", sound(np.full(count, 0.1))
-        yield f"samples{count}.flac", sound(np.full(count, 0.1))
+        yield f"samples{count}.wav", _sound(np.full(count, 0.1))
+        yield f"samples{count}.flac", _sound(np.full(count, 0.1))
     yield "three_hours.wav", _three_hours
+
+
+def _odd_files() -> Iterator[tuple[str, Maker]]:
     for name, data in (
         ("text", b"this is not audio\n" * 100),
         ("empty", b""),
@@ -702,20 +665,21 @@ def _odd_recordings() -> Iterator[tuple[str, Callable[[Path], object]]]:
         ("html", b"<html>404</html>"),
     ):
         for suffix in ("wav", "flac", "ogg", "mp3", "raw", "aiff", "none"):
-            yield f"{name}.{suffix}", raw(data)
+            yield f"{name}.{suffix}", _raw(data)
     for suffix, wrong in itertools.permutations(("wav", "flac", "ogg", "mp3"), 2):
-        yield (
-            f"{suffix} in truth.{wrong}",
-            lambda path, suffix=suffix: path.write_bytes(_encoded(suffix)),
-        )
-    yield "headerless.raw", raw(_wave().tobytes())
+        yield f"{suffix} in truth.{wrong}", partial(_write_encoded, suffix)
+    yield "headerless.raw", _raw(_wave().tobytes())
     yield "link.wav", lambda path: path.symlink_to(path)
     yield "dangling.wav", lambda path: path.symlink_to("nowhere")
     yield "pipe.wav", os.mkfifo
     yield "folder.wav", Path.mkdir
     yield "device.wav", lambda path: path.symlink_to("/dev/zero")
     yield "absent.wav", lambda path: None
-    yield "esc\x1b[31m.wav", raw(b"x")
+    yield "esc\x1b[31m.wav", _raw(b"x")
+
+
+def _write_encoded(suffix: str, path: Path) -> None:
+    path.write_bytes(_encoded(suffix))
 
 
 def _three_hours(path: Path) -> None:
