@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -114,10 +116,8 @@ def digest(module: nn.Module) -> str:
 # ── The archive ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_archive(path: str | Path) -> dict[str, bytes]:
-    """Every member by its name without the folder they all lie in; checksums are checked on the
-    way.
-    """
+def _check_size(path: str | Path) -> int:
+    """Bytes of a regular file that is not too large for a head."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError(
@@ -127,8 +127,16 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
     if status.st_size > LARGEST_FILE:
         raise InputError(
             f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes "
-            f"so many"
+            "so many, so it is another model, perhaps with its own front end"
         )
+    return status.st_size
+
+
+def _read_archive(path: str | Path) -> dict[str, bytes]:
+    """Every member by its name without the folder they all lie in; checksums are checked on the
+    way.
+    """
+    size = _check_size(path)
     if not zipfile.is_zipfile(path):
         raise InputError(
             f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make "
@@ -138,7 +146,7 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
         members = archive.infolist()
         if (
             any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            or sum(member.file_size for member in members) > status.st_size
+            or sum(member.file_size for member in members) > size
         ):
             raise InputError(
                 f"{path}: refused, its contents would swell when unpacked; torch.save writes no "
@@ -362,18 +370,52 @@ RELEASED_CLASSES = (
 )
 
 
-def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict of a pickled module, or of a file that is one."""
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers keep weights
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+
+
+def read_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict of a pickled module, of a trainer's checkpoint, or of a file that is one.
+
+    Raises:
+        InputError: none of these.
+    """
+    for _ in range(len(WRAPPERS)):
+        wrapped = _wrapped(content)
+        if wrapped is None:
+            break
+        content = wrapped
     if isinstance(content, Record):
         try:
-            weights = _walk_module(content)
+            content = _walk_module(content)
         except (AttributeError, TypeError, ValueError):
             raise InputError(f"{path}: damaged, or not a pickled network") from None
-    elif isinstance(content, dict):
-        weights = content
-    else:
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected weights of a head, found a {type(content).__name__}")
-    return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
+
+
+def _wrapped(content: Any) -> Any:
+    """What a trainer's checkpoint holds under one of the usual keys, or None."""
+    if not isinstance(content, dict):
+        return None
+    parts = (content.get(key) for key in WRAPPERS)
+    return next((part for part in parts if isinstance(part, (dict, Record))), None)
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. Raises InputError where it is damaged."""
+    _check_size(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged, or not a safetensors file ({error})") from None
 
 
 def _walk_module(record: Any) -> dict[str, Tensor]:
