@@ -11,7 +11,7 @@ that lie in no corpus's layout. Writes docs/reproduced.md (--output), and prints
 
 A model and subset are IDENTICAL where no verdict differs, and scores and log odds by no more than
 TF32, in which the authors' GPU computed convolutions, can move them; CLOSE where no more than 1 %
-of the of the verdicts differ; else DIFFERENT. What stands on the page behind a second heading is kept.
+of the verdicts differ; else DIFFERENT. Sections of the page behind the first are kept.
 """
 
 from __future__ import annotations
