@@ -205,3 +205,14 @@ def test_verdicts_say_what_they_rest_on(tmp_path: Path) -> None:
     )
     assert "nothing to judge" in silent and "real" not in silent
     assert tone.split() == ["2.00", "s", "0.750000", "real"]
+
+
+def test_extreme_logits_become_probabilities_without_a_warning() -> None:
+    import warnings
+
+    import generate_score
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = np.array([[-2000.0, 0.0], [2000.0, 0.0]])
+        assert generate_score.to_scores(logits, llr=False).tolist() == [0.0, 1.0]
