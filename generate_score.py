@@ -320,7 +320,10 @@ def gather(scored: Scored) -> Scored:
 def to_scores(logits: np.ndarray, llr: bool) -> np.ndarray:
     """Logits (N, 2) float64 -> (N,): the probability of real, or the log-likelihood ratio."""
     difference = logits[:, REAL] - logits[:, FAKE]
-    return difference if llr else 1 / (1 + np.exp(-difference))
+    if llr:
+        return difference
+    with np.errstate(over="ignore"):  # of log odds below -709 the probability is 0
+        return 1 / (1 + np.exp(-difference))
 
 
 # ── Corpora ──────────────────────────────────────────────────────────────────────────────────────

@@ -11,7 +11,7 @@ that lie in no corpus's layout. Writes docs/reproduced.md (--output), and prints
 
 A model and subset are IDENTICAL where no verdict differs, and scores and log odds by no more than
 TF32, in which the authors' GPU computed convolutions, can move them; CLOSE where no more than 1 %
-of the verdicts differ; else DIFFERENT.
+of the verdicts differ; else DIFFERENT. Sections of the page behind the first are kept.
 """
 
 from __future__ import annotations
@@ -308,8 +308,16 @@ def write_page(args: argparse.Namespace, comparisons: Sequence[Comparison]) -> N
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(args.output) as file:
-        file.write(page)
+        file.write(page + written_by_hand(args.output))
     cli.echo(f"{args.output}: {len(comparisons)} models and subsets")
+
+
+def written_by_hand(page: Path) -> str:
+    """The sections behind the first of an existing page."""
+    if not page.is_file():
+        return ""
+    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## ")
+    return heading + rest
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ def test_a_move_of_the_log_odds_beyond_tf32_is_no_longer_identical() -> None:
     assert reproduce.judge(1, scores, np.full(100, 0.005)) == "CLOSE"
 
 
+def test_sections_written_by_hand_are_kept(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert reproduce.written_by_hand(page) == ""
+    page.write_text("# Table\n\nold\n\n## More\n\ntext\n")
+    assert reproduce.written_by_hand(page) == "\n## More\n\ntext\n"
+
+
 def test_published_scores_for_each_model(scored: Path) -> None:
     with pytest.raises(InputError, match="expected one for each of 1 model folders"):
         reproduce.find_published([scored / "head"], [scored / "theirs"] * 2)
