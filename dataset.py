@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch import Tensor
 import frontends
 from formats import audio, torch_files
 from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
+from formats.decoders import FFMPEG
 from formats.feature_cache import FeatureCache
 from formats.protocols import FAKE, REAL, Trial, read_protocol
 from frontends import FEATURE_SHAPES
@@ -61,6 +62,7 @@ class ClipBatch:
     rates: list[int]  # of each clip's file, Hz
     failures: dict[int, str]  # row -> one line saying what is wrong with its file
     digests: list[bytes]  # of the samples: clips with the same one are the same clip
+    decoders: list[str]  # of each clip's file
 
 
 def clip_batches(
@@ -112,7 +114,7 @@ class _Clips(torch.utils.data.Dataset):
         worker = torch.utils.data.get_worker_info()
         reading = self.reading[worker.id if worker else 0]
         reading[0] = os.getpid()
-        batch = ClipBatch([], torch.empty(0, CLIP_SAMPLES), [], {}, [])
+        batch = ClipBatch([], torch.empty(0, CLIP_SAMPLES), [], {}, [], [])
         clips = []
         for row in rows:
             reading[1] = row
@@ -123,13 +125,14 @@ class _Clips(torch.utils.data.Dataset):
                 continue
             batch.rows.append(row)
             batch.rates.append(recording.rate)
+            batch.decoders.append(recording.decoder)
             digest = hashlib.blake2b(recording.clip.numpy(), digest_size=16).digest()
             batch.digests.append(digest)
             clips.append(recording.clip)
         reading[1] = -1
         if not clips:
             return batch
-        return ClipBatch(batch.rows, torch.stack(clips), batch.rates, batch.failures, batch.digests)
+        return replace(batch, clips=torch.stack(clips))
 
     def files_of_dead_workers(self) -> list[str]:
         """What workers that have ended were reading."""
@@ -174,6 +177,16 @@ def describe_rates(rates: Counter) -> str | None:
         return None
     counts = ", ".join(f"{rate} Hz ({count} files)" for rate, count in sorted(rates.items()))
     return f"note: sampling rates are mixed: {counts}; everything is resampled to {SAMPLE_RATE} Hz"
+
+
+def describe_decoders(decoders: Counter) -> str | None:
+    """A line for the user where libsndfile could not decode all files."""
+    count = decoders[FFMPEG]
+    if not count:
+        return None
+    return (
+        f"note: {count} of {decoders.total()} files read by ffmpeg: libsndfile cannot decode them"
+    )
 
 
 # ── Features ─────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,7 +38,10 @@ from runtime.cli import InputError
 from runtime.files import atomic_write
 from runtime.provenance import run_info
 
-RECORDINGS = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf"}
+RECORDINGS = set(
+    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .m4a .mp4 .aac .webm .wma .mka .amr .3gp "
+    ".w64 .sph .wv".split()
+)
 THRESHOLD = 0.5  # of the verdict on a person's own recordings
 
 
@@ -170,6 +172,7 @@ class Scored:
     logits: np.ndarray  # (N, heads, 2) float64, NaN where a file could not be read
     failures: dict[int, str] = field(default_factory=dict)  # position in the list -> reason
     rates: Counter = field(default_factory=Counter)  # sampling rate in Hz -> number of files
+    decoders: Counter = field(default_factory=Counter)  # what read them -> number of files
 
 
 class Scorer:
@@ -272,6 +275,7 @@ class Scorer:
             for _ in part.batches:
                 batch = next(decoded)
                 scored.rates.update(batch.rates)
+                scored.decoders.update(batch.decoders)
                 for row, reason in batch.failures.items():
                     scored.failures[row - part.rows.start] = reason
                 for row, clip, digest in zip(batch.rows, batch.clips, batch.digests, strict=True):
@@ -308,6 +312,7 @@ def gather(scored: Scored) -> Scored:
         np.copyto(joined.logits, of_rank.logits, where=~np.isnan(of_rank.logits))
         joined.failures |= of_rank.failures
         joined.rates += of_rank.rates
+        joined.decoders += of_rank.decoders
     joined.failures = dict(sorted(joined.failures.items()))
     return joined
 
@@ -315,7 +320,10 @@ def gather(scored: Scored) -> Scored:
 def to_scores(logits: np.ndarray, llr: bool) -> np.ndarray:
     """Logits (N, 2) float64 -> (N,): the probability of real, or the log-likelihood ratio."""
     difference = logits[:, REAL] - logits[:, FAKE]
-    return difference if llr else 1 / (1 + np.exp(-difference))
+    if llr:
+        return difference
+    with np.errstate(over="ignore"):  # of log odds below -709 the probability is 0
+        return 1 / (1 + np.exp(-difference))
 
 
 # ── Corpora ──────────────────────────────────────────────────────────────────────────────────────
@@ -383,12 +391,16 @@ def finish_subset(
             f"{subset.name}: {len(scored.failures)} files cannot be read, first {first}; or go on "
             "without them with --skip_missing"
         )
-    note = dataset.describe_rates(scored.rates)
-    if note:
-        cli.echo(note)
+    for note in (
+        dataset.describe_rates(scored.rates),
+        dataset.describe_decoders(scored.decoders),
+    ):
+        if note:
+            cli.echo(note)
     if ranks.is_first():
         for number, target in enumerate(targets):
             about = describe_scores(args, target.head, device)
+            about["decoders"] = dict(scored.decoders)
             write_subset(args, target, subset, scored.logits[:, number], scored.failures, about)
 
 
@@ -616,9 +628,23 @@ def print_verdicts(name: str, head: nn.Module, paths: Sequence[str], scores: np.
     width = max((len(path) for path in paths), default=0)
     cli.echo(f"{name}: {head.name} on {head.feat}, {describe_training(head.info)}.")
     for path, score in zip(paths, scores, strict=True):
-        seconds = soundfile.info(os.fsencode(path)).duration
-        verdict = "real" if score > THRESHOLD else "fake"
-        cli.echo(f"{path:<{width}}  {seconds:8.2f} s  {score:.6f}  {verdict}")
+        cli.echo(f"{path:<{width}}  {describe_verdict(path, score)}")
+
+
+def describe_verdict(path: str, score: float) -> str:
+    """Duration, score and verdict of one recording, or why there is none."""
+    try:
+        found = audio.inspect(path)
+    except InputError as error:  # behind the part that is judged, which could be read
+        return f"{'damaged':>10}  {score:.6f}  {_verdict(score)} ({error})"
+    if found.nothing_to_judge:
+        return f"{found.seconds:8.2f} s  nothing to judge: {found.nothing_to_judge}"
+    line = f"{found.seconds:8.2f} s  {score:.6f}  {_verdict(score)}"
+    return f"{line}  ({found.note})" if found.note else line
+
+
+def _verdict(score: float) -> str:
+    return "real" if score > THRESHOLD else "fake"
 
 
 def describe_training(info: dict) -> str:

@@ -9,6 +9,7 @@ network has a quirk that the weights depend on, a comment says so.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from formats import torch_files
-from formats.torch_files import RELEASED_CLASSES, _foreign_weights
+from formats.torch_files import RELEASED_CLASSES
 from frontends import FEATURE_SHAPES, load_frontend
 from runtime import cli
 from runtime.cli import InputError
@@ -35,6 +36,21 @@ __all__ = [
 ]
 
 WEIGHTS = "anti-spoofing_feat_model.pt"
+SAFETENSORS = ".safetensors"
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", SAFETENSORS)
+NOT_WEIGHTS = ("last_state.pt",)  # of a run under way
+# SHA-256 of the published files -> their names. vocoder_w2v2lcnn and codec_w2v2lcnn are published
+# too, but their checksums are unknown here: they load, and are called weights of unknown origin.
+RELEASED = {
+    "d8b240a5d50782cf39780bb0ed4c75652cc405fb7aa0aeb1b433bf38faba5f43": "codec_mellcnn",
+    "5a606d1fbd578dbd214471cead283c236f4204c54d602e945924b3594f8c25a3": "codec_w2v2aasist",
+    "86876e2c0eb98d6e60ecf2f1139112206adf47b1562aee72530d0c22e04c644a": "cotrain_w2v2aasist",
+    "330c1993860c4141d0aa9a2818718d238240908e324b5cdda9756f0122011431": "vocoder_mellcnn",
+    "02a002ff2c9162d164316aa372feb57525cbd572f1689735500320ceff1f3caa": "vocoder_w2v2aasist",
+}
+# Parts of names in models that take audio; the heads here take features.
+FRONT_END_NAMES = ("ssl", "wav2vec", "w2v", "hubert", "wavlm", "xlsr", "frontend", "front_end")
+FRONT_END_NAMES += ("feature_extractor", "feature_projection", "sinc", "encoder.layers")
 
 
 # ── LCNN ─────────────────────────────────────────────────────────────────────────────────────────
@@ -398,33 +414,34 @@ def build_head(name: str, feat: str) -> LCNN | W2VAASIST:
 
 
 def load_head(path: str | Path) -> LCNN | W2VAASIST:
-    """A trained head in eval mode on the CPU; its `.feat` names the front end, its `.info` how it
-    came about.
+    """A trained head in eval mode on the CPU.
+
+    Its `.feat` names the front end, its `.info` how it came about.
 
     Args:
-        path: a checkpoint of ours, a released pickle (also wrapped in DataParallel), a plain state
-            dict,
-            or a folder holding `anti-spoofing_feat_model.pt`.
+        path: a checkpoint of ours, a released pickle (also wrapped in DataParallel), a state dict
+            (also a trainer's checkpoint with one inside, or a .safetensors file), or a folder that
+            holds `anti-spoofing_feat_model.pt` or one other file of weights.
 
     Raises:
         InputError: no such file, damaged, not a head of ours, or naming anything but weights.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / WEIGHTS
+        path = _weights_in(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such weights; train them with main_train.py, or get the released ones as "
             "pretrained_model/README.md says"
         )
-    content = torch_files.load(path, RELEASED_CLASSES)
+    if path.suffix == SAFETENSORS:
+        content = torch_files.load_safetensors(path)
+    else:
+        content = torch_files.load(path, RELEASED_CLASSES)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         weights, info = content.get("state_dict"), content.get("info")
     else:
-        weights, info = (
-            _foreign_weights(path, content),
-            {"trained": "released weights, no record of the training"},
-        )
+        weights, info = torch_files.read_weights(path, content), {"trained": _origin(path)}
     if not isinstance(weights, dict) or not _is_record(info):
         raise InputError(
             f"{path}: damaged, a checkpoint without weights, or with a record of something else"
@@ -432,6 +449,28 @@ def load_head(path: str | Path) -> LCNN | W2VAASIST:
     head = _head_for(path, weights)
     head.info = info
     return head.eval()
+
+
+def _weights_in(folder: Path) -> Path:
+    """The file of weights in a folder: the one of the usual name, or the only one."""
+    if (folder / WEIGHTS).exists():
+        return folder / WEIGHTS
+    files = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
+    files = [path for path in files if path.name not in NOT_WEIGHTS]
+    if len(files) > 1:
+        raise InputError(
+            f"{folder}: expected {WEIGHTS} or one other file of weights, found {len(files)}: "
+            + ", ".join(path.name for path in files[:5])
+            + "; name the file itself"
+        )
+    return files[0] if files else folder / WEIGHTS
+
+
+def _origin(path: Path) -> str:
+    """Where weights without a record come from; only a published file's checksum makes it one."""
+    name = RELEASED.get(hashlib.sha256(path.read_bytes()).hexdigest())
+    origin = f"released weights {name}" if name else "weights of unknown origin"
+    return f"{origin}, no record of the training"
 
 
 def save_head(path: str | Path, head: nn.Module, info: dict[str, Any]) -> None:
@@ -476,6 +515,11 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
         head = LCNN("xls-r-5")
     expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
     if wrong := sorted(set(shape.items()) ^ set(expected.items())):
+        if foreign := [name for name in shape.keys() - expected.keys() if _is_front_end(name)]:
+            raise InputError(
+                f"{path}: another model's weights: it holds its own front end "
+                f"({min(foreign)[:80]}), while LCNN and W2VAASIST take features"
+            )
         raise InputError(
             f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes "
             f"differ, "
@@ -485,6 +529,10 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
         raise InputError(f"{path}: damaged, {bad[0]} holds values that are not finite")
     head.load_state_dict(weights, strict=True)
     return head
+
+
+def _is_front_end(name: str) -> bool:
+    return any(part in name.lower() for part in FRONT_END_NAMES)
 
 
 def get_parser() -> argparse.ArgumentParser:

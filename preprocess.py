@@ -214,6 +214,7 @@ class Outcome:
 
     failures: dict[int, str]  # row -> one line saying why it has no feature
     rates: Counter  # sampling rate in Hz -> number of files
+    decoders: Counter  # what read them -> number of files
 
 
 def extract(
@@ -273,7 +274,7 @@ def run_plan(
     device: torch.device,
 ) -> Outcome:
     """Decode, compute and write this rank's batches; a thread writes while the next is computed."""
-    outcome = Outcome({row: "absent" for row in plan.absent}, Counter())
+    outcome = Outcome({row: "absent" for row in plan.absent}, Counter(), Counter())
     n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
     n_failed_here = 0
     paths = [trial.path for trial in writer.trials]
@@ -288,6 +289,7 @@ def run_plan(
             failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
             outcome.failures |= failures
             outcome.rates.update(batch.rates)
+            outcome.decoders.update(batch.decoders)
             if failures:
                 n_failed_here = n_failed.add(len(failures)) + len(plan.absent)
             if n_failed_here > plan.n_allowed:
@@ -358,22 +360,26 @@ def store(
 
 def finish(writer: CacheWriter, outcome: Outcome) -> None:
     """Gather what the ranks came across; list it beside the cache and say it."""
-    outcomes = ranks.gather((outcome.failures, outcome.rates))
+    outcomes = ranks.gather(outcome)
     if not ranks.is_first():
         return
-    failures: dict[int, str] = {}
-    rates: Counter = Counter()
-    for failures_of_rank, rates_of_rank in outcomes:
-        failures |= failures_of_rank
-        rates += rates_of_rank
-    writer.write_failures(failures)
-    report(writer, failures, rates)
+    joined = Outcome({}, Counter(), Counter())
+    for of_rank in outcomes:
+        joined.failures |= of_rank.failures
+        joined.rates += of_rank.rates
+        joined.decoders += of_rank.decoders
+    writer.write_failures(joined.failures)
+    report(writer, joined)
 
 
-def report(writer: CacheWriter, failures: dict[int, str], rates: Counter) -> None:
-    note = dataset.describe_rates(rates)
-    if note:
-        cli.echo(note)
+def report(writer: CacheWriter, outcome: Outcome) -> None:
+    failures = outcome.failures
+    for note in (
+        dataset.describe_rates(outcome.rates),
+        dataset.describe_decoders(outcome.decoders),
+    ):
+        if note:
+            cli.echo(note)
     if failures:
         cli.echo(
             f"note: {len(failures)} files have no features and will not be trained on; "

@@ -39,8 +39,8 @@ def load_clip(path: str | Path) -> Tensor:
     64,600 samples, a shorter recording repeated end to end and cut.
 
     Raises:
-        InputError: not a regular file, not audio, no samples, fewer than a WAV, AIFF or AU file
-            announces, or samples, of those that are used, that are not finite.
+        InputError: no permission, not a regular file, not audio, no samples, fewer than the
+            container announces, or samples, of those that are used, that are not finite.
     """
     return load_recording(path).clip
 

@@ -193,6 +193,19 @@ def _check_ogg(path: str | Path) -> int:
     return n_links
 
 
+def _check_riff(path: str | Path) -> None:
+    """Raise InputError where a WAV or AVI file is shorter than its first chunk says."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(8)
+    announced = int.from_bytes(head[4:8], "little")
+    if head[:4] == b"RIFF" and size + SLACK < announced < NO_LENGTH:
+        raise InputError(
+            f"{path}: cut short: announces {announced} bytes, has {size}; fetch the file again or "
+            "take it out"
+        )
+
+
 def _check_mp3(path: str | Path) -> None:
     """Raise InputError where an MP3 is shorter than the Xing or Info frame at its start says."""
     size = os.path.getsize(path)
@@ -234,32 +247,53 @@ def _read_by_ffmpeg(
     try:
         # A file object: names need not be UTF-8, and no other file or address can be opened.
         with open(path, "rb") as file, _open_container(av, file) as container:
-            if not container.streams.audio:
-                raise InputError(f"{path}: expected audio, found a {container.format.name} without")
-            stream = container.streams.audio[0]
-            _require_rate(path, stream.rate or 0)
-            found = _Collector(needed(stream.rate))
-            for frame in container.decode(stream):
-                if frame.sample_rate != stream.rate:
-                    raise InputError(
-                        f"{path}: its sampling rate changes from {stream.rate} to "
-                        f"{frame.sample_rate} Hz; convert it: {_conversion(path)}"
-                    )
-                found.add(_to_float(frame))
-                if found.is_full:
-                    break
-            rate, announced = stream.rate, _announced_seconds(container, stream)
+            stream = _audio_stream(path, container)
+            decoded = _decode_stream(path, container, stream, needed)
+            announced = _announced_seconds(container, stream)
             container_name = container.format.name
-    except (av.error.FFmpegError, ValueError, NotImplementedError) as error:
+    except InputError:
+        raise
+    # OSError: PyAV hands on what a seek beyond the file's start says.
+    except (av.error.FFmpegError, OSError, ValueError, NotImplementedError) as error:
         raise InputError(_refusal(path, libsndfile_said, error)) from None
+    if not decoded.at_end:
+        return decoded
     if container_name == "ogg":
         _check_ogg(path)
-    n_samples = sum(map(len, found.blocks))
-    if not found.is_full and announced and n_samples / rate + DURATION_SLACK < announced:
+    if container_name in ("wav", "avi"):
+        _check_riff(path)
+    seconds = len(decoded.samples) / decoded.rate
+    if announced and seconds + DURATION_SLACK < announced:
         raise InputError(
-            f"{path}: cut short: announces {announced:.2f} s, has {n_samples / rate:.2f} s; fetch "
-            "the file again or take it out"
+            f"{path}: cut short: announces {announced:.2f} s, has {seconds:.2f} s; fetch the file "
+            "again or take it out"
         )
+    return decoded
+
+
+def _audio_stream(path: str | Path, container):
+    """The first stream of sound, an av.AudioStream."""
+    if not container.streams.audio:
+        raise InputError(f"{path}: expected audio, found none in this {container.format.name} file")
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise NotImplementedError("no decoder for its codec")
+    _require_rate(path, stream.rate or 0)
+    return stream
+
+
+def _decode_stream(path: str | Path, container, stream, needed) -> Decoded:
+    rate = stream.rate
+    found = _Collector(needed(rate))
+    for frame in container.decode(stream):
+        if frame.sample_rate != rate:
+            raise InputError(
+                f"{path}: its sampling rate changes from {rate} to {frame.sample_rate} Hz; "
+                f"convert it: {_conversion(path)}"
+            )
+        found.add(_to_float(frame))
+        if found.is_full:
+            break
     return found.decoded(rate, FFMPEG)
 
 

@@ -1,24 +1,29 @@
 """Files written by torch.save, both ends, without running anything that is in them.
 
-A pickle is a program, and unpickling a stranger's file runs it. Here the few instructions that
-torch.save needs for containers and tensors are carried out one by one; a name is looked up in a
-list, never imported. What is left to a file then is to be damaged, or to be large: checksums are
-checked, and memory is bounded by the size of the file.
+A pickle is a program, and unpickling a stranger's file runs it. `torch.load(weights_only=True)`
+runs only what makes containers and tensors. Before it starts, the archive's sizes and checksums
+are checked, and the program is looked through: the names in it have to stand in a list, shorter
+than torch's own (which lets a file ask for a bytearray of 3 GB), and no tuple may unfold to more
+than MOST_PARTS. A pair of the same pair, 60 times over, would otherwise take 2^60 steps where it
+is hashed or printed; lists and dicts may still be nested so, and are to be walked with a limit.
+Memory is bounded by the file's size.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import pickletools
 import stat
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -27,17 +32,18 @@ from runtime.cli import InputError
 
 LARGEST_FILE = 2**30  # bytes; a head with its optimiser takes 50 million
 LARGEST_PICKLE = 2**22  # bytes of instructions; the released networks take 0.2 million
-DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+MOST_PARTS = 10_000  # in a tuple, with those of the tuples in it
+MOST_VALUES = 4_000_000  # in a file, each object counted once
+STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+NAMES = {  # what any file may name
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "builtins.set",
+    "__builtin__.set",
+    *(f"torch.{cuda}{kind}Storage" for kind in STORAGES for cuda in ("", "cuda.")),
 }
 
 
@@ -58,17 +64,33 @@ def load(path: str | Path, stand_ins: Iterable[str] = ()) -> Any:
         InputError: not such a file, damaged, or naming anything that is neither data nor in
             `stand_ins`.
     """
+    stand_ins = frozenset(stand_ins)
     try:
-        return _Pickle(path, _read_archive(path), frozenset(stand_ins)).run()
+        members = _read_archive(path)
+        _check_program(path, members["data.pkl"], NAMES | stand_ins)
+        records = [(Record, name) for name in stand_ins]
+        # The list is the process's own: threads that read features leave it alone.
+        with torch.serialization.safe_globals(records) if records else nullcontext():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_values(content, {len(data) for data in members.values()})
+        return content
     except (InputError, OSError):
         raise
-    except (
-        Exception
-    ) as error:  # a hostile or damaged file can fail in any way; all of them mean refusal
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    # A hostile or damaged file can fail in any way; all of them mean refusal.
+    except Exception as error:
         raise InputError(
-            f"{path}: damaged, or not a file of this program ({reason[-1][:160]})"
+            f"{path}: damaged, or not a file of this program ({_reason(error)[:160]})"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The line of an error that says what is wrong; torch puts advice around it."""
+    text = str(error)
+    _, found, rest = text.partition("WeightsUnpickler error:")
+    if found and rest.strip():
+        return rest.strip().splitlines()[0]
+    lines = text.strip().splitlines() or [type(error).__name__]
+    return lines[-1]
 
 
 def save(path: str | Path, content: Any) -> None:
@@ -114,10 +136,8 @@ def digest(module: nn.Module) -> str:
 # ── The archive ──────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_archive(path: str | Path) -> dict[str, bytes]:
-    """Every member by its name without the folder they all lie in; checksums are checked on the
-    way.
-    """
+def _check_size(path: str | Path) -> int:
+    """Bytes of a regular file that is not too large for a head."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise InputError(
@@ -127,8 +147,16 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
     if status.st_size > LARGEST_FILE:
         raise InputError(
             f"{path}: expected at most {LARGEST_FILE} bytes, got {status.st_size}; no head takes "
-            f"so many"
+            "so many, so it is another model, perhaps with its own front end"
         )
+    return status.st_size
+
+
+def _read_archive(path: str | Path) -> dict[str, bytes]:
+    """Every member by its name without the folder they all lie in; checksums are checked on the
+    way.
+    """
+    size = _check_size(path)
     if not zipfile.is_zipfile(path):
         raise InputError(
             f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make "
@@ -138,14 +166,14 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
         members = archive.infolist()
         if (
             any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            or sum(member.file_size for member in members) > status.st_size
+            or sum(member.file_size for member in members) > size
         ):
             raise InputError(
                 f"{path}: refused, its contents would swell when unpacked; torch.save writes no "
                 f"such files"
             )
         names = [member.filename.partition("/")[2] for member in members]
-        if len(set(names)) < len(names):
+        if len({name.lower() for name in names}) < len(names):  # torch's reader ignores case
             raise InputError(
                 f"{path}: refused, it holds two members of one name; torch.save writes no such "
                 f"files"
@@ -158,179 +186,100 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
 
 # ── The pickle inside ────────────────────────────────────────────────────────────────────────────
 
-
-class _Name:
-    """A global that the pickle names."""
-
-    def __init__(self, name: str):
-        self.name = name
+_TUPLES = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE")
+_MARK = -1  # on the stack of sizes
 
 
-_NULL = object()  # marks the start of a tuple's or a container's items on the stack
+def _check_program(path: str | Path, program: bytes, names: Set[str]) -> None:
+    """Look through a pickle without running it: its size, its names, the sizes of its tuples.
 
-
-class _Pickle:
-    """The instructions that torch.save writes (pickle protocol 2), a method each; any other is an
-    error.
+    Raises:
+        InputError: it names something that is not in `names`.
+        ValueError: too large, or no sound pickle.
     """
-
-    def __init__(self, path: str | Path, members: dict[str, bytes], stand_ins: frozenset[str]):
-        self.path, self.members, self.stand_ins = path, members, stand_ins
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.storages: dict[str, Tensor] = {}
-        self.calls: dict[str, Callable] = {
-            "torch._utils._rebuild_tensor_v2": self._tensor,
-            "torch._utils._rebuild_parameter": lambda data, *_: data,
-            "collections.OrderedDict": dict,
-            "torch.Size": tuple,
-            "torch.device": lambda *_: "cpu",
-            "builtins.set": list,
-            "__builtin__.set": list,
-        }
-        self.names = {
-            *self.calls,
-            *stand_ins,
-            *(f"torch.{cuda}{name}" for name in DTYPES for cuda in ("", "cuda.")),
-        }
-
-    def run(self) -> Any:
-        program = self.members["data.pkl"]
-        if len(program) > LARGEST_PICKLE or self.members.get("byteorder", b"little") != b"little":
-            raise ValueError("a pickle of unusual size, or of a big-endian machine")
-        for instruction, argument, _ in pickletools.genops(program):
-            step = getattr(self, "_" + instruction.name.lower(), None)
-            if step is None:
-                raise ValueError(
-                    f"{instruction.name} in its pickle, which torch.save does not write"
+    if len(program) > LARGEST_PICKLE:
+        raise ValueError("a pickle of unusual size")
+    stack: list[int] = []  # parts of the tuples there; 1 for anything else
+    memo: dict[int, int] = {}
+    for instruction, argument, _ in pickletools.genops(program):
+        if instruction.name == "PROTO" and argument != 2:
+            raise ValueError(f"pickle protocol {argument}; torch.save writes 2")
+        if instruction.name in ("GLOBAL", "INST"):
+            name = argument.replace(" ", ".", 1)
+            if name not in names:
+                raise InputError(
+                    f"{path}: refused, it names {name[:100]}, which is not in the list of what "
+                    "such a file may hold; nothing of it was run"
                 )
-            step(argument)
-        return self.stack.pop()
+        if instruction.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif instruction.name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif instruction.name == "MARK":
+            stack.append(_MARK)
+        else:
+            size = 1 + sum(_operands(stack, instruction))
+            if instruction.name not in _TUPLES:
+                size = 1
+            if size > MOST_PARTS:
+                raise ValueError(f"a tuple of more than {MOST_PARTS} parts")
+            stack.extend([size] * len(instruction.stack_after))
 
-    def _tensor(self, storage: Tensor, offset: int, shape: tuple, stride: tuple, *_: Any) -> Tensor:
-        if (
-            not isinstance(storage, Tensor)
-            or len(shape) != len(stride)
-            or not all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *stride))
-        ):
-            raise ValueError("a tensor without a storage, or of impossible size")
-        last = offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
-        if math.prod(shape) > len(storage) or (math.prod(shape) and last >= len(storage)):
-            raise ValueError(f"a tensor {tuple(shape)} larger than its storage of {len(storage)}")
-        return storage.as_strided(shape, stride, offset)
 
-    def _binpersid(self, _: None) -> None:
-        """A tensor's storage: ("storage", type, name of the archive's member, device, number of
-        values).
-        """
-        _, kind, key, _, count = self.stack.pop()
-        dtype = DTYPES[kind.name.rpartition(".")[2]]
-        if not isinstance(key, str) or not isinstance(count, int):
-            raise ValueError("a storage without a name or size")
-        if key not in self.storages:
-            data = self.members[f"data/{key}"]
-            self.storages[key] = (
-                torch.frombuffer(bytearray(data), dtype=dtype)
-                if data
-                else torch.empty(0, dtype=dtype)
-            )
-        storage = self.storages[key]
-        if storage.dtype != dtype or len(storage) != count:
-            raise ValueError(
-                f"a storage of {count} {dtype} values in {len(self.members[f'data/{key}'])} bytes"
-            )
-        self.stack.append(storage)
+def _operands(stack: list[int], instruction: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what an instruction takes."""
+    before = instruction.stack_before
+    operands = []
+    if pickletools.markobject in before:
+        while (size := stack.pop()) != _MARK:
+            operands.append(size)
+        before = before[: before.index(pickletools.markobject)]
+    for _ in before:
+        operands.append(stack.pop())
+    return operands
 
-    def _global(self, name: str) -> None:
-        name = name.replace(" ", ".", 1)
-        if name not in self.names:
-            raise InputError(
-                f"{self.path}: refused, it names {name[:100]}, which is not in the list of what "
-                f"such a file may "
-                "hold; nothing of it was run"
-            )
-        self.stack.append(_Name(name))
 
-    def _reduce(self, _: None) -> None:
-        arguments, function = self.stack.pop(), self.stack.pop()
-        self.stack.append(self.calls[function.name](*arguments))
+def _check_values(content: Any, sizes: Set[int]) -> None:
+    """Hold the values against the archive: each tensor lies in a storage, which is a member.
 
-    def _newobj(self, _: None) -> None:
-        arguments, kind = self.stack.pop(), self.stack.pop()
-        if kind.name not in self.stand_ins or arguments:
-            raise ValueError(f"an object of {kind.name} made in an unusual way")
-        self.stack.append(Record())
+    Containers may hold themselves; each is looked at once.
 
-    def _build(self, _: None) -> None:
-        state, made = self.stack.pop(), self.stack[-1]
-        if isinstance(made, Record):
-            vars(made).update(state)
-        elif not isinstance(
-            made, dict
-        ):  # a state_dict carries version numbers, which are not needed
-            raise ValueError(f"attributes for a {type(made).__name__}")
+    Args:
+        sizes: bytes of the archive's members.
 
-    def _setitems(self, _: None) -> None:
-        items = self._items()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int)):
-                raise ValueError("a dict with keys that are neither text nor whole numbers")
-            self.stack[-1][key] = value
+    Raises:
+        ValueError: a tensor larger than its storage, a key that is neither text nor a whole number,
+            or more than MOST_VALUES values.
+    """
+    waiting, seen = [content], set()
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            _check_tensor(value, sizes)
+        elif isinstance(value, (dict, list, tuple, set, Record)) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += _parts(value)
+    raise ValueError("more values than a file of this program holds")
 
-    def _setitem(self, _: None) -> None:
-        self.stack[-2:-2] = [_NULL]
-        self._setitems(None)
 
-    def _append(self, _: None) -> None:
-        value = self.stack.pop()
-        self.stack[-1].append(value)
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Record):
+        value = vars(value)
+    if not isinstance(value, dict):
+        return value
+    if not all(isinstance(key, (str, int)) for key in value):
+        raise ValueError("a dict with keys that are neither text nor whole numbers")
+    return value.values()
 
-    def _appends(self, _: None) -> None:
-        items = self._items()
-        self.stack[-1].extend(items)
 
-    def _tuple(self, _: None) -> None:
-        self.stack.append(tuple(self._items()))
-
-    def _take(self, count: int) -> None:
-        self.stack[-count:] = [tuple(self.stack[-count:])]
-
-    def _items(self) -> list[Any]:
-        """What lies above the last mark."""
-        start = len(self.stack) - 1
-        while self.stack[start] is not _NULL:
-            start -= 1
-            if start < 0:
-                raise ValueError("items without a start")
-        items = self.stack[start + 1 :]
-        del self.stack[start:]
-        return items
-
-    def _binput(self, place: int) -> None:
-        self.memo[place] = self.stack[-1]
-
-    def _binget(self, place: int) -> None:
-        self.stack.append(self.memo[place])
-
-    def _push(self, value: Any) -> None:
-        self.stack.append(value)
-
-    def _pass(self, _: Any) -> None:
-        pass
-
-    _binint = _binint1 = _binint2 = _long1 = _binfloat = _binunicode = _push
-    _long_binput, _long_binget = _binput, _binget
-    _proto = _stop = _pass
-    _mark = lambda self, _: self.stack.append(_NULL)  # noqa: E731
-    _none = lambda self, _: self.stack.append(None)  # noqa: E731
-    _newtrue = lambda self, _: self.stack.append(True)  # noqa: E731
-    _newfalse = lambda self, _: self.stack.append(False)  # noqa: E731
-    _empty_dict = lambda self, _: self.stack.append({})  # noqa: E731
-    _empty_list = lambda self, _: self.stack.append([])  # noqa: E731
-    _empty_tuple = lambda self, _: self.stack.append(())  # noqa: E731
-    _tuple1 = lambda self, _: self._take(1)  # noqa: E731
-    _tuple2 = lambda self, _: self._take(2)  # noqa: E731
-    _tuple3 = lambda self, _: self._take(3)  # noqa: E731
+def _check_tensor(tensor: Tensor, sizes: Set[int]) -> None:
+    stored = tensor.untyped_storage().nbytes()
+    if stored and stored not in sizes:
+        raise ValueError(f"a storage of {stored} bytes, which no member of the archive has")
+    if tensor.numel() * tensor.element_size() > stored:
+        raise ValueError(f"a tensor {tuple(tensor.shape)} larger than its storage")
 
 
 # ── Released networks ────────────────────────────────────────────────────────────────────────────
@@ -362,18 +311,52 @@ RELEASED_CLASSES = (
 )
 
 
-def _foreign_weights(path: Path, content: Any) -> dict[str, Tensor]:
-    """The state dict of a pickled module, or of a file that is one."""
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers keep weights
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
+
+
+def read_weights(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict of a pickled module, of a trainer's checkpoint, or of a file that is one.
+
+    Raises:
+        InputError: none of these.
+    """
+    for _ in range(len(WRAPPERS)):
+        wrapped = _wrapped(content)
+        if wrapped is None:
+            break
+        content = wrapped
     if isinstance(content, Record):
         try:
-            weights = _walk_module(content)
+            content = _walk_module(content)
         except (AttributeError, TypeError, ValueError):
             raise InputError(f"{path}: damaged, or not a pickled network") from None
-    elif isinstance(content, dict):
-        weights = content
-    else:
+    if not isinstance(content, dict):
         raise InputError(f"{path}: expected weights of a head, found a {type(content).__name__}")
-    return {str(name).removeprefix("module."): tensor for name, tensor in weights.items()}
+    return {_without_prefixes(str(name)): tensor for name, tensor in content.items()}
+
+
+def _wrapped(content: Any) -> Any:
+    """What a trainer's checkpoint holds under one of the usual keys, or None."""
+    if not isinstance(content, dict):
+        return None
+    parts = (content.get(key) for key in WRAPPERS)
+    return next((part for part in parts if isinstance(part, (dict, Record))), None)
+
+
+def _without_prefixes(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name. Raises InputError where it is damaged."""
+    _check_size(path)
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: damaged, or not a safetensors file ({error})") from None
 
 
 def _walk_module(record: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from runtime import cli
 from runtime.cli import InputError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "published")
 CLIPS_A_BATCH = {"cuda": 32, "cpu": 8}  # of a front end; more gain little and cost memory
 # What torch's two allocators say, and CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -78,9 +78,13 @@ def set_precision(precision: str, device: torch.device) -> None:
     """Set torch's own switches for one of PRECISIONS.
 
     fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking.
+    published is what it does unasked, and the authors' program did: TF32 in cuDNN's convolutions,
+    float32 in matrix products.
     """
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
-        backend.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision in ("tf32", "published")
+    if precision == "published" and device.type == "cpu":
+        cli.echo("note: --precision published is a GPU's arithmetic; on the CPU it is fp32")
     if precision == "bf16" and not has_bf16(device):
         what = "GPU" if device.type == "cuda" else "CPU"
         cli.echo(

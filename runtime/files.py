@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from runtime.cli import InputError
+from runtime.cli import InputError, echo
 
 
 @contextmanager
@@ -38,37 +39,57 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-_locks: set[IO] = set()
-
-
-def _leave_locks_to_parent() -> None:
-    for file in _locks:
-        file.close()  # closing a copy leaves the parent's lock as it is
-
-
-os.register_at_fork(
-    after_in_child=_leave_locks_to_parent
-)  # else a killed owner's helpers would hold on to its lock
+# What a file system without locks answers: NFS with nolock, Lustre without flock, some FUSE ones.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_held: set[tuple[int, int]] = set()  # device and inode of the lock files of this process
 
 
 @contextmanager
 def exclusive(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process. The kernel drops the lock with its owner, however that one
-    ends.
+    """Hold `folder` for this process, by a record lock on `folder`/.lock.
 
-    Raises InputError where another process holds it.
+    Forked processes do not inherit a record lock, and the kernel drops it when its owner ends. It
+    does not exclude a second holder within one process, and closing any descriptor of the lock file
+    drops it; so lock files that are held are remembered, and not opened again. Where the file
+    system knows no locks, a note says so and the work goes on.
+
+    Raises:
+        InputError: another process holds the folder, or this one does already.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{folder}: another process is writing there; wait for it, or choose another folder"
-            ) from None
-        _locks.add(file)
+    path = folder / ".lock"
+    if path.exists() and _identity(os.stat(path)) in _held:
+        raise _busy(folder)
+    with open(path, "a") as file:
+        _lock(file, path)
+        identity = _identity(os.fstat(file.fileno()))
+        _held.add(identity)
         try:
             yield
         finally:
-            _locks.discard(file)
+            _held.discard(identity)
+
+
+def _lock(file: IO, path: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise _busy(path.parent) from None
+        if error.errno not in NO_LOCKS:
+            raise
+        echo(
+            f"note: {path}: this file system has no locks ({error.strerror}); "
+            f"see to it that no other run writes to {path.parent}"
+        )
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _busy(folder: Path) -> InputError:
+    return InputError(
+        f"{folder}: another process is writing there; wait for it, or choose another folder"
+    )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchaudio", "transformers", "soundfile", "numpy")
+PACKAGES = ("torch", "torchaudio", "transformers", "soundfile", "soxr", "av", "numpy")
 
 
 def run_info(device: object = "cpu") -> dict[str, Any]:

@@ -330,11 +330,11 @@ HOSTILE_PROGRAMS = {  # name -> (pickle, what the refusal says)
         b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
         "refused, it names posix.system",
     ),
-    "protocol 4": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "SHORT_BINUNICODE"),
-    "INST": (b"(S'true'\nios\nsystem\n.", "damaged"),
+    "protocol 4": (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "pickle protocol 4"),
+    "INST": (b"(S'true'\nios\nsystem\n.", "refused, it names os.system"),
     "key of 2^60 parts": (
         EMPTY_PAIR + DOUBLED * 60 + b"}h\x00K\x01s.",
-        "neither text nor whole numbers",
+        "a tuple of more than 10000 parts",
     ),
     "text of 2^60 parts": (EMPTY_PAIR + b"ctorch\ndevice\n" + DOUBLED * 60 + b"h\x00R.", "damaged"),
     "memo place 2^31": (b"\x80\x02K\x01r\xff\xff\xff\x7f\x85R.", "damaged"),
@@ -343,21 +343,20 @@ HOSTILE_PROGRAMS = {  # name -> (pickle, what the refusal says)
     "no end": (b"\x80\x02", "damaged"),
     "no result": (b"\x80\x02.", "damaged"),
     "items of nothing": (b"\x80\x02e.", "damaged"),
-    "items without a start": (b"\x80\x02K\x01K\x02e.", "items without a start"),
+    "items without a start": (b"\x80\x02K\x01K\x02e.", "damaged"),
     "4 million lists": (b"\x80\x02" + b"]" * 2**22 + b".", "unusual size"),
-    "attributes of a list": (b"\x80\x02]K\x01b.", "attributes for a list"),
-    "object of torch.Size": (b"\x80\x02ctorch\nSize\n)\x81.", "unusual way"),
+    "attributes of a list": (b"\x80\x02]K\x01b.", "damaged.*list"),
     "tensor of nothing": (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
         "damaged",
     ),
     "more values than stored": (
         storage_program(b"K\x03\x85", b"K\x01\x85", b"K\x02"),
-        "larger than its storage",
+        "storage that is not resizable",
     ),
     "stride beyond the end": (
         storage_program(b"K\x02\x85", b"K\x02\x85", b"K\x02"),
-        "larger than its storage",
+        "storage that is not resizable",
     ),
     "a billion values by stride 0": (
         storage_program(b"J\x00\x00\x00\x40\x85", b"K\x00\x85", b"K\x02"),
@@ -365,13 +364,15 @@ HOSTILE_PROGRAMS = {  # name -> (pickle, what the refusal says)
     ),
     "negative size": (
         storage_program(b"J\xff\xff\xff\xff\x85", b"K\x01\x85", b"K\x02"),
-        "impossible size",
+        "damaged",
     ),
-    "shape without stride": (storage_program(b"K\x02\x85", b")", b"K\x02"), "impossible size"),
-    "lying storage": (storage_program(b"K\x02\x85", b"K\x01\x85", b"K\x63"), "a storage of 99"),
+    "lying storage": (
+        storage_program(b"K\x02\x85", b"K\x01\x85", b"K\x63"),
+        "damaged.*does not match expected size",
+    ),
     "storage of no size": (
         storage_program(b"K\x02\x85", b"K\x01\x85", b")"),
-        "without a name or size",
+        "damaged",
     ),
 }
 TWO_FLOATS = np.array([1, 2], np.float32).tobytes()

@@ -368,6 +368,9 @@ def test_batches_of_clips_come_in_order_with_failures_beside(
     assert list(batches[1].failures) == [3] and "3.wav" in batches[1].failures[3]
     assert torch.equal(batches[2].clips[0], load_clip(paths[4]))
     assert [b.rates for b in batches] == [[24_000, 16_000], [16_000], [16_000]]
+    assert [b.decoders for b in batches] == [["libsndfile"] * 2, ["libsndfile"], ["libsndfile"]]
+    assert dataset.describe_decoders(Counter(batches[0].decoders)) is None
+    assert "1 of 3 files" in dataset.describe_decoders(Counter(libsndfile=2, ffmpeg=1))
     assert (
         "24000 Hz (1 files)" in dataset.describe_rates(Counter(batches[0].rates))
         and dataset.describe_rates(Counter(batches[2].rates)) is None

@@ -327,6 +327,62 @@ def test_our_checkpoint_comes_back_with_its_record(tmp_path: Path) -> None:
     torch.load(tmp_path / "head.pt", weights_only=True)
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: {"state_dict": weights, "epoch": 3},
+        lambda weights: {"model_state_dict": weights, "optimizer": {"lr": 0.1}},
+        lambda weights: {"model": {f"_orig_mod.{name}": w for name, w in weights.items()}},
+        lambda weights: {f"_orig_mod.module.{name}": w for name, w in weights.items()},
+        lambda weights: {f"module._orig_mod.{name}": w for name, w in weights.items()},
+        lambda weights: {"model": {"state_dict": weights}},
+    ],
+    ids=["state_dict", "model_state_dict", "model", "compiled", "parallel", "nested"],
+)
+def test_checkpoints_of_other_trainers_load(tmp_path: Path, wrap) -> None:
+    head = model.LCNN("mel")
+    torch.save(wrap(head.state_dict()), tmp_path / "best.pth")
+    found = model.load_head(tmp_path)
+    assert all(map(torch.equal, found.state_dict().values(), head.state_dict().values()))
+    assert found.info["trained"].startswith("weights of unknown origin")
+
+
+def test_safetensors_load_and_damage_is_named(tmp_path: Path) -> None:
+    head, path = model.LCNN("mel"), tmp_path / "model.safetensors"
+    safetensors.torch.save_file(head.state_dict(), path)
+    found = model.load_head(tmp_path)
+    assert all(map(torch.equal, found.state_dict().values(), head.state_dict().values()))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
+        model.load_head(tmp_path)
+
+
+def test_several_files_of_weights_are_named(tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pth", "last_state.pt", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"found 2: a\.pt, b\.pth; name the file"):
+        model.load_head(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ssl_model.model.encoder.weight", "wav2vec2.masked_spec_embed"])
+def test_a_model_with_its_own_front_end_is_named(tmp_path: Path, name: str) -> None:
+    weights = {**model.W2VAASIST().state_dict(), name: torch.zeros(2)}
+    torch.save(weights, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=f"another model's weights: .*own front end .{name}"):
+        model.load_head(tmp_path / "x.pt")
+
+
+def test_published_files_are_told_by_their_checksum(reference: Path, tmp_path: Path) -> None:
+    """The same weights saved again are no published file."""
+    released = [path for path in (reference / "checkpoints").iterdir() if path.is_dir()]
+    for folder in released:
+        trained = model.load_head(folder).info["trained"]
+        name = folder.name.removesuffix("_CSAM")
+        assert trained == f"released weights {name}, no record of the training"
+    torch.save(model.load_head(released[0]).state_dict(), tmp_path / "again.pt")
+    assert model.load_head(tmp_path).info["trained"].startswith("weights of unknown origin")
+
+
 def test_conversion_of_a_released_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pickle_as_released(model.LCNN("mel"), tmp_path / "released.pt")
     model.main([str(tmp_path / "released.pt"), "-o", str(tmp_path / "ours.pt")])
@@ -493,6 +549,16 @@ def test_a_gpu_that_cannot_compute_is_a_clear_line(
 def test_any_lack_of_memory_says_what_to_lower(why: str) -> None:
     with pytest.raises(InputError, match="--batch_size 64; lower it"), devices.memory_advice(64):
         raise RuntimeError(why)
+
+
+def test_published_precision_is_tf32_in_convolutions_alone(capsys) -> None:
+    devices.set_precision("published", torch.device("cpu"))
+    try:
+        assert torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        assert "on the CPU it is fp32" in "".join(capsys.readouterr())
+    finally:
+        devices.set_precision("fp32", torch.device("cpu"))
 
 
 def test_float32_is_float32_unless_tf32_is_asked_for() -> None:

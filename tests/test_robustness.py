@@ -775,7 +775,7 @@ def test_workers_do_not_speak_of_a_parent_that_ended_while_it_took_a_batch(
 
 
 def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> None:
-    """A forked child inherits the descriptor, and with flock the lock."""
+    """A forked child inherits the descriptor; flock would hand it the lock too."""
     code = (
         "import os, sys, time; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
         "with files.exclusive(sys.argv[2]):\n"
@@ -798,6 +798,57 @@ def test_the_helpers_of_a_killed_owner_do_not_hold_its_lock(tmp_path: Path) -> N
             pass
     finally:
         os.killpg(owner.pid, signal.SIGKILL)
+
+
+def test_a_refused_second_holder_does_not_drop_the_first_ones_lock(tmp_path: Path) -> None:
+    """Record locks do not exclude within a process, and closing any descriptor would drop them."""
+    attempt = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from runtime import files\n"
+        "with files.exclusive(sys.argv[2]): pass"
+    )
+    command = [sys.executable, "-c", attempt, REPO, tmp_path]
+    with files.exclusive(tmp_path):
+        with pytest.raises(InputError, match="is writing there"), files.exclusive(tmp_path):
+            pass
+        refused = subprocess.run(command, capture_output=True, text=True)
+    assert "another process is writing there" in refused.stderr
+    assert subprocess.run(command).returncode == 0
+    with files.exclusive(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_noted_once(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(files.fcntl, "lockf", lambda *_: fails_with(number)())
+    with files.exclusive(tmp_path):
+        (tmp_path / "work").touch()
+    [note] = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"note: {tmp_path}/.lock: ") and os.strerror(number) in note
+    assert note.endswith(f"no other run writes to {tmp_path}")
+
+
+@pytest.mark.parametrize("script", ["preprocess", "main_train", "generate_score"])
+def test_scripts_run_where_there_are_no_locks(
+    script: str,
+    features: Path,
+    corpora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(files.fcntl, "lockf", lambda *_: fails_with(errno.ENOLCK)())
+    if script == "preprocess":
+        command = ["-d", corpora / "Codecfake", "-f", tmp_path / "out", "--feat", "mel"]
+        run(preprocess, *command, *CPU)
+    elif script == "main_train":
+        train(features, tmp_path / "out")
+    else:
+        model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
+        command = ["-t", "ITW", "-d", corpora / "ITW", "--model_folder", tmp_path]
+        run(generate_score, *command, "--result_folder", tmp_path / "out", *CPU)
+    assert f"note: {tmp_path}/out" in capsys.readouterr().out
 
 
 def test_two_processes_on_one_result_folder(corpora: Path, tmp_path: Path) -> None:
