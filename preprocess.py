@@ -25,7 +25,7 @@ from tqdm import tqdm
 import dataset
 import frontends
 from dataset import Trial
-from formats import feature_cache, protocols
+from formats import audio, feature_cache, protocols
 from formats.feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
 from frontends import DEFAULT_SSL, FrontEnd
 from runtime import cli, devices, ranks
@@ -73,8 +73,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=tuple(DTYPES),
         default="float16",
-        help="stored values: float32 exact, float16 half its bytes, sqrt8 a quarter, 8-bit square "
-        "roots within about 1 %% (default: %(default)s)",
+        help="stored values: float32 exact; float16 half its bytes; a quarter with 8-bit codes: "
+        "affine8 for xls-r-5, sqrt8 for mel (default: %(default)s)",
     )
     _add_fault_options(parser.add_argument_group("missing and damaged files"))
     compute = cli.add_compute_options(
@@ -113,6 +113,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.repair and not args.verify:
         parser.error("--repair goes with --verify")
+    eight_bits = feature_cache.EIGHT_BITS[args.feat]
+    if args.dtype in feature_cache.EIGHT_BITS.values() and args.dtype != eight_bits:
+        parser.error(f"--dtype {args.dtype} does not suit {args.feat}, whose form is {eight_bits}")
     if args.task == "19LA" and args.path_to_features and not args.path_to_features1:
         parser.error("-t 19LA writes to -f1; -f is Codecfake's folder")
     args.path_to_database = args.path_to_database or cli.CORPUS_FOLDERS[args.task]
@@ -178,10 +181,31 @@ def prepare_cache(
             cli.echo(f"{folder / name}: damaged; made anew")
     writer = open_cache(args, folder, trials, front_end)
     try:
+        if not writer.records_resampler():
+            require_16_khz(writer)
         if args.repair:
             writer.forget(verify(folder))
     finally:
         writer.close()
+
+
+def require_16_khz(writer: CacheWriter) -> None:
+    """Take over a cache that does not record its resampler if no clip in it went through one.
+
+    Raises:
+        InputError: a clip did, and the resampler of that time is not this program's.
+    """
+    done = np.flatnonzero(writer.states() == DONE)
+    for row in tqdm(done, unit="file", desc="sampling rates", disable=not len(done)):
+        cli.stop_if_asked()
+        path = writer.trials[row].path
+        rate = audio.sampling_rate(path)
+        if rate not in (None, audio.SAMPLE_RATE):
+            raise InputError(
+                f"{writer.folder}: was made with an older resampler, and {path} is at {rate} Hz; "
+                "move the cache away and run preprocess.py again"
+            )
+    feature_cache.record_resampler(writer.folder, None)
 
 
 def open_cache(
@@ -298,6 +322,7 @@ def run_plan(
             rows = [batch.rows[i] for i in positions]
             if writing:
                 writing.result()
+            writer.note_rates(batch.rates)
             writing = disk.submit(store, writer, rows, features, positions, list(failures))
             bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
         if writing:

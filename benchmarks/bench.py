@@ -338,7 +338,7 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
 def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
     file = next((s.folder / "pt").glob("*.pt"))
     theirs, rows = file.stat().st_size, []
-    for dtype, target in (("float16", "2.0"), ("sqrt8", "3.85")):
+    for dtype, target in (("float16", "2.0"), ("affine8", "3.85")):
         cache = _make_cache(s, 4, dtype)
         rows.append(
             Row(

@@ -33,14 +33,14 @@ import preprocess
 from dataset import FAKE, REAL, Trial
 from evaluation import bootstrap, results
 from formats import protocols
-from formats.feature_cache import decode, encode
+from formats.feature_cache import EIGHT_BITS, decode, encode
 from formats.score_files import Scores
 from runtime import cli, devices
 from runtime.cli import InputError
 
 REPO = Path(__file__).resolve().parent.parent
 REFERENCE = REPO.parent / "shared" / "reference"
-TYPES = ("float32", "bf16 front end", "float16 cache", "sqrt8 cache")
+TYPES = ("float32", "bf16 front end", "float16 cache", "8-bit cache")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -179,7 +179,7 @@ def features_of(
         torch.from_numpy(exact),
         torch.from_numpy(bf16),
         decode(encode(exact, "float16")),
-        decode(encode(exact, "sqrt8")),
+        decode(encode(exact, EIGHT_BITS[front_ends[0].feat])),
     ]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import soundfile
 import soxr
 import torch
 from torch import Tensor
@@ -105,6 +107,18 @@ def _fault(clip: np.ndarray, peak: float) -> str | None:
 
 
 # ── Sampling rates ───────────────────────────────────────────────────────────────────────────────
+
+
+def sampling_rate(path: str | Path) -> int | None:
+    """The file's own rate in Hz, from its header where that can be read; None: unreadable."""
+    try:
+        return soundfile.info(os.fsencode(path)).samplerate
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, OSError):
+        pass
+    try:
+        return load_recording(path).rate
+    except InputError:
+        return None
 
 
 def resample(samples: np.ndarray, rate: int) -> np.ndarray:

@@ -7,21 +7,24 @@ One folder a part and front end, `<features>/<part>/<feat>/`:
     features_00000.npy   fixed-stride rows, ROWS_PER_SHARD to a file: numpy.load reads them
     index.npy            for each row its CRC-32 and a guard word; all zero: not written yet
     failed.txt           the files that could not be read, if any, and why
+    resampler.json       what converted clips that are not at 16 kHz; null where all are
 
 Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the
 index. A row is marked only when its bytes are on the disk, and each is checked whenever it is read.
 Reading is positional and sorted by offset, which on random rows beats memory maps several times.
 
-Rows are float16, float32, or sqrt8, a quarter of float32's bytes: the code of a value is the signed
-square root of its share of the frame's peak, in 127 steps, beside a float32 scale for each frame
-(`encode`). The square root is one code for both front ends: mel powers span many decades within a
-frame, of which steps of equal size keep two, and hidden states have outlying dimensions that leave
-the others few steps. Measured:
+Rows are float16, float32, or one of two 8-bit forms of a quarter of float32's bytes (`encode`):
 
-    xls-r-5, 10 clips of random networks   relative RMS error 0.006 to 0.007, logits move by 2e-4
-    mel, 720 clips, released Mel-LCNN      log odds move by at most 0.12, no subset's EER does
-    mel, 40 of them, largest move of a logit: square root 0.023; equal steps 1.1, cube root 0.032,
-    mu-law 0.033, float8 0.11
+    affine8   for hidden states: x = low + step * code, low and step for each dimension of a clip
+    sqrt8     for mel powers: x = scale * code * |code|, scale for each frame
+
+Hidden states of XLS-R have one dimension (225) that holds the peak of 95 % of the frames, so that a
+scale a frame wastes the codes of all others. Mel powers span many decades within a frame, of which
+steps of equal size keep two. Measured:
+
+    affine8, 21 real hidden states    relative RMS error 0.0047, log odds move by at most 0.03
+    sqrt8, the same                   0.0128 and 0.12: new caches of xls-r-5 are not made in it
+    sqrt8, mel, 720 clips             log odds of Mel-LCNN move by at most 0.12, no EER does
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -42,14 +46,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from formats.audio import RESAMPLER, SAMPLE_RATE
 from formats.protocols import FAKE, REAL, Trial
 from runtime import cli, files
 from runtime.cli import InputError
 
 FORMAT = "codecfake-cache-1"
 ROWS_PER_SHARD = 4_096  # 1.7 GB of float16 XLS-R features: 181 files for Codecfake's training set
-DTYPES = ("float16", "float32", "sqrt8")
+DTYPES = ("float16", "float32", "affine8", "sqrt8")
+EIGHT_BITS = {"xls-r-5": "affine8", "mel": "sqrt8"}  # feat -> its 8-bit form
+AFFINE_STEPS = 255  # affine8: codes run from 0 to 255
 SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
+ROUND_DOWN = np.float32(1 - 2**-23)  # no largest value decodes to infinity
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
 
@@ -96,29 +104,49 @@ def _npy_header(shape: tuple[int, ...], dtype: np.dtype) -> bytes:
 
 def row_type(dtype: str, shape: tuple[int, int]) -> np.dtype:
     """One row of (frames, dim) as numpy.load shows it."""
+    if dtype == "affine8":
+        per_dim = (np.float32, shape[1:])
+        return np.dtype([("low", *per_dim), ("step", *per_dim), ("code", np.uint8, shape)])
     if dtype == "sqrt8":
         return np.dtype([("scale", np.float32, shape[:1]), ("code", np.int8, shape)])
     return np.dtype((dtype, shape))
 
 
 def encode(features: np.ndarray, dtype: str) -> np.ndarray:
-    """Features (B, frames, dim) float32 as B rows of a cache, not finite where `dtype` cannot hold
-    them.
+    """Features (B, frames, dim) float32 as B rows of a cache.
 
-    float16, float32: the values themselves, (B, frames, dim). sqrt8: (B,) records; a value x of a
-    frame with the peak p = max |x| becomes code = 127 sign(x) sqrt(|x| / p), rounded, and decodes
-    to scale * code * |code| with scale = p / 127², which is within sqrt(p |x|) / 127 + p / 254² of
-    x.
+    Rows are not finite where `dtype` cannot hold the values.
+
+    float16, float32: (B, frames, dim), the values themselves.
+    affine8: (B,) records. In a dimension with minimum low and maximum high over the clip's frames,
+        step = (high - low) / 255 and code = round((x - low) / step): within step / 2 of x.
+    sqrt8: (B,) records. In a frame with peak p = max |x|, code = round(127 sign(x) sqrt(|x| / p))
+        and scale = p / 127²: within sqrt(p |x|) / 127 + p / 254² of x.
     """
-    if dtype != "sqrt8":
-        with np.errstate(over="ignore"):
-            return np.ascontiguousarray(features, dtype=dtype)
-    rows = np.empty(len(features), row_type(dtype, features.shape[1:]))
+    if dtype == "affine8":
+        return _encode_affine(features)
+    if dtype == "sqrt8":
+        return _encode_sqrt(features)
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(features, dtype=dtype)
+
+
+def _encode_affine(features: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(features), row_type("affine8", features.shape[1:]))
+    low, high = features.min(axis=1), features.max(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = (high - low) / np.float32(AFFINE_STEPS) * ROUND_DOWN
+        code = (features - low[:, None]) / np.where(step > 0, step, 1)[:, None]
+        rows["code"] = np.clip(np.rint(code), 0, AFFINE_STEPS)
+    rows["low"], rows["step"] = low, step
+    return rows
+
+
+def _encode_sqrt(features: np.ndarray) -> np.ndarray:
+    rows = np.empty(len(features), row_type("sqrt8", features.shape[1:]))
     size = np.abs(features)
     peak = size.max(axis=2)
-    rows["scale"] = (
-        peak / np.float32(SQRT_STEPS**2) * np.float32(1 - 2**-23)
-    )  # rounded down: no peak decodes to infinity
+    rows["scale"] = peak / np.float32(SQRT_STEPS**2) * ROUND_DOWN
     with np.errstate(invalid="ignore"):
         size /= np.where(peak > 0, peak, 1)[..., None]
         np.sqrt(size, out=size)
@@ -128,26 +156,33 @@ def encode(features: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(rows: np.ndarray) -> Tensor:
-    """Rows that encode() made -> features (B, frames, dim): float16 or float32 as stored, float32
-    of sqrt8.
+    """Rows that encode() made -> features (B, frames, dim): float16 or float32 as stored.
 
-    To float32 because training converts to it anyway: on a CPU, making it here takes a third of the
-    time of making float16 here and float32 in the training loop.
+    The 8-bit forms become float32: training converts to it anyway, and on a CPU making it here
+    takes a third of the time of making float16 here and float32 in the training loop.
     """
     if rows.dtype.names is None:
         return torch.from_numpy(rows)
     features = np.empty(rows["code"].shape, np.float32)
-    for code, scale, out in zip(
-        rows["code"], rows["scale"], features, strict=True
-    ):  # a clip at a time stays in the processor's cache
-        np.multiply(np.multiply(code, np.abs(code), dtype=np.int16), scale[:, None], out=out)
+    # A clip at a time stays in the processor's cache.
+    for row, out in zip(rows, features, strict=True):
+        if "low" in rows.dtype.names:
+            np.multiply(row["code"], row["step"], out=out)
+            np.add(out, row["low"], out=out)
+        else:
+            square = np.multiply(row["code"], np.abs(row["code"]), dtype=np.int16)
+            np.multiply(square, row["scale"][:, None], out=out)
     return torch.from_numpy(features)
 
 
 def _finite(rows: np.ndarray) -> np.ndarray:
-    """(B,) whether all values of each row are; a frame's peak shows it for the frame."""
-    values = rows if rows.dtype.names is None else rows["scale"]
-    return np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+    """(B,) whether all values of each row are; the scales show it for their codes."""
+    if rows.dtype.names is None:
+        parts = [rows]
+    else:
+        parts = [rows[name] for name in rows.dtype.names if name != "code"]
+    finite = [np.isfinite(part).all(axis=tuple(range(1, part.ndim))) for part in parts]
+    return np.logical_and.reduce(finite)
 
 
 # ── Both ends share what a cache consists of ─────────────────────────────────────────────────────
@@ -302,11 +337,28 @@ class CacheWriter:
         else:
             _create(self.folder, meta | {"crc32": _sealed(meta)}, text)
         self.layout = _Layout(self.folder, _read_meta(self.folder))
+        self._resampler = None
+        if self.records_resampler():
+            self._resampler = read_resampler(self.folder)
         self._index = os.open(self.folder / "index.npy", os.O_RDWR)
         self._index_header = len(_npy_header((len(trials), 2), np.uint32))
         self._unmarked: dict[
             int, int
         ] = {}  # row -> CRC-32 of bytes that may not be on the disk yet
+
+    def records_resampler(self) -> bool:
+        """Whether the cache says what converted its clips; the first caches did not."""
+        return (self.folder / "resampler.json").exists()
+
+    def note_rates(self, rates: Iterable[int]) -> None:
+        """Record the resampler before the first row that went through it.
+
+        Args:
+            rates: sampling rates in Hz of the files whose rows are written next.
+        """
+        if self._resampler is None and any(rate != SAMPLE_RATE for rate in rates):
+            record_resampler(self.folder, RESAMPLER)
+            self._resampler = RESAMPLER
 
     def states(self) -> np.ndarray:
         """(N,) NOT_YET, DONE, FAILED or DAMAGED (the index entry itself)."""
@@ -405,21 +457,19 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
         name
         for name in sorted(os.listdir(folder))
         if not re.fullmatch(
-            r"\.lock|trials\.tsv|index\.npy|failed\.txt|features_\d{5}\.npy|.+\.part", name
+            r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|features_\d{5}\.npy|.+\.part",
+            name,
         )
     ]
     if foreign:
         raise InputError(
             f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a "
-            f"folder of the "
-            "reference's .pt files can be trained as it is, a new cache needs a folder of its own "
-            "(-f)"
+            "folder of the reference's .pt files can be trained as it is, a new cache needs a "
+            "folder of its own (-f)"
         )
     layout = _Layout(folder, meta)
-    needed, free = (
-        layout.rows * layout.row_bytes,
-        os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize,
-    )
+    disk = os.statvfs(folder)
+    needed, free = layout.rows * layout.row_bytes, disk.f_bavail * disk.f_frsize
     if needed > free:
         raise InputError(
             f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free "
@@ -435,8 +485,35 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     with files.atomic_write(folder / "index.npy", "wb") as file:
         file.write(_npy_header((layout.rows, 2), np.uint32))
         file.truncate(file.tell() + layout.rows * 8)
+    record_resampler(folder, None)
     with files.atomic_write(folder / "cache.json") as file:
         json.dump(meta, file, indent=1)
+
+
+def record_resampler(folder: str | Path, resampler: str | None) -> None:
+    """Write what converted the clips that are not at 16 kHz; None: there are no such clips."""
+    with files.atomic_write(Path(folder) / "resampler.json") as file:
+        json.dump({"resampler": resampler}, file)
+
+
+def read_resampler(folder: str | Path) -> str | None:
+    """What record_resampler() wrote.
+
+    Raises:
+        FileNotFoundError: a cache made before this was recorded.
+        InputError: damaged, or another resampler than this program's: their rows must not mix.
+    """
+    path = Path(folder) / "resampler.json"
+    try:
+        resampler = json.loads(path.read_bytes())["resampler"]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: damaged; {_REPAIR}") from None
+    if resampler not in (None, RESAMPLER):
+        raise InputError(
+            f"{folder}: holds features of clips converted by {resampler!r}, this program uses "
+            f"{RESAMPLER!r}; move the cache away and run preprocess.py again"
+        )
+    return resampler
 
 
 def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
@@ -507,6 +584,8 @@ class FeatureCache:
         self.path = Path(folder)
         self.folder = str(folder)
         self.meta = _read_meta(self.path)
+        with suppress(FileNotFoundError):  # the first caches do not say
+            read_resampler(self.path)
         self.layout = _Layout(self.path, self.meta)
         self.shape, self.dtype, self.front_end, self.about = (
             self.layout.shape,

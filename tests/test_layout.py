@@ -6,6 +6,7 @@ python -m pytest tests/test_layout.py
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,13 @@ def test_evaluating_against_a_corpus_loads_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "C1" in done.stdout
+
+
+def test_the_pages_link_to_files_that_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "pretrained_model/README.md", *ROOT.glob("docs/*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
 
 def test_no_line_is_wider_than_100_columns() -> None:

@@ -261,6 +261,32 @@ def test_the_readmes_commands_with_their_defaults(tmp_path: Path) -> None:
 # ── preprocess.py ──
 
 
+@pytest.mark.parametrize("rate, is_valid", [(16_000, True), (24_000, False)])
+def test_caches_of_the_old_resampler_are_taken_over_or_refused(
+    tmp_path: Path, rate: int, is_valid: bool
+) -> None:
+    """Before its resampler was recorded, a cache of a corpus at 16 kHz went through none."""
+    corpus = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    write_tone(corpus / "train" / "F01_strain_000.wav", rate=rate)
+    command = [preprocess, "-d", corpus, "-f", tmp_path / "f", "--feat", "mel", *CPU]
+    run(*command)
+    record = tmp_path / "f" / "train" / "mel" / "resampler.json"
+    assert (json.loads(record.read_text())["resampler"] is None) == is_valid
+    record.unlink()
+    if is_valid:
+        run(*command)
+        assert record.exists()
+    else:
+        with pytest.raises(InputError, match=r"older resampler, and .*F01_strain_000\.wav is at"):
+            run(*command)
+
+
+def test_the_eight_bit_form_is_the_front_ends(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(preprocess, "--feat", "mel", "--dtype", "affine8")
+    assert "affine8 does not suit mel, whose form is sqrt8" in capsys.readouterr().err
+
+
 def cache_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
 

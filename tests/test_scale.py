@@ -153,6 +153,7 @@ def test_the_figures_of_the_whole_job() -> None:
         "reference": 8_247_740,
         "float16": 4_116_480,
         "float32": 8_232_960,
+        "affine8": 2_140_160,
         "sqrt8": 2_066_280,
     }
 
