@@ -2,6 +2,7 @@
 
     python preprocess.py                      # Codecfake, xls-r-5, train and dev
     python preprocess.py -t 19LA --feat mel
+    python preprocess.py --check              # is the download whole?
     python preprocess.py --verify             # read a cache back; --repair redoes damaged rows
 
 Reads the protocols and audio under -d, writes `<features>/{train,dev}/<feat>/` (see
@@ -11,9 +12,12 @@ formats/feature_cache.py). Stopped at any moment, the same command goes on where
 from __future__ import annotations
 
 import argparse
+import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from tqdm import tqdm
 import dataset
 import frontends
 from dataset import Trial
-from formats import audio, feature_cache, protocols
+from formats import audio, downloads, feature_cache, protocols
 from formats.feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
 from frontends import DEFAULT_SSL, FrontEnd
 from runtime import cli, devices, ranks
@@ -33,6 +37,7 @@ from runtime.cli import InputError
 from runtime.provenance import run_info
 
 PARTS = ("train", "dev")
+CHECK_SAMPLE = 200  # files of a part that --check reads
 FLUSH_EVERY = 256  # rows; at most so many are computed again after a kill
 
 
@@ -45,9 +50,9 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "-t",
         "--task",
-        choices=("codecfake", "19LA"),
+        choices=("codecfake", "19LA", "ITW"),
         default="codecfake",
-        help="the corpus (default: %(default)s)",
+        help="the corpus; ITW, which is not trained on, with --check only (default: %(default)s)",
     )
     add(
         "-d",
@@ -104,6 +109,12 @@ def _add_fault_options(group: argparse._ArgumentGroup) -> None:
         help="stop when more of the files cannot be read (default: %(default)s %%)",
     )
     add("--verify", action="store_true", help="check every row of an existing cache instead")
+    add(
+        "--check",
+        action="store_true",
+        help="look whether the download is whole, and whether there is space; extract nothing",
+    )
+    add("--all", action="store_true", help="with --check: read every file, not a sample")
     add("--repair", action="store_true", help="with --verify: extract the damaged rows anew")
 
 
@@ -111,6 +122,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, with `features` the folder that this task writes to."""
     parser = get_parser()
     args = parser.parse_args(argv)
+    if args.check and args.verify:
+        parser.error("--check looks at a corpus, --verify at its features; give one of them")
+    if args.all and not args.check:
+        parser.error("--all goes with --check")
+    if args.task == "ITW" and not args.check:
+        parser.error("-t ITW has no training part; score it with generate_score.py")
     if args.repair and not args.verify:
         parser.error("--repair goes with --verify")
     eight_bits = feature_cache.EIGHT_BITS[args.feat]
@@ -119,7 +136,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.task == "19LA" and args.path_to_features and not args.path_to_features1:
         parser.error("-t 19LA writes to -f1; -f is Codecfake's folder")
     args.path_to_database = args.path_to_database or cli.CORPUS_FOLDERS[args.task]
-    args.features = cli.feature_folder(args, args.task)
+    if args.task != "ITW":
+        args.features = cli.feature_folder(args, args.task)
     return args
 
 
@@ -128,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.verify:
         for part in PARTS:
             require_cache(cache_folder(args, part))
-    if args.verify and not args.repair:
+    if args.check:
+        check_download(args)
+    elif args.verify and not args.repair:
         verify_caches(args)
     else:
         extract_corpus(args)
@@ -416,6 +436,103 @@ def report(writer: CacheWriter, outcome: Outcome) -> None:
         f"{writer.folder}: complete, {layout.rows - len(failures)} rows of {frames} x {dim} "
         f"{layout.dtype}, {layout.rows * layout.row_bytes / 1e9:.2f} GB"
     )
+
+
+# ── Is the download whole? ──────────────────────────────────────────────────────────────────────
+
+
+def check_download(args: argparse.Namespace) -> None:
+    """Print what lies on the disk of a corpus, and "ready".
+
+    Raises:
+        InputError: files are absent or unreadable, or the features would not fit on the disk.
+    """
+    problems: list[str] = []
+    rates: Counter = Counter()
+    for name in downloads.PUBLISHED[args.task]:
+        try:
+            part = downloads.inspect_part(args.task, args.path_to_database, name)
+        except InputError as error:
+            cli.echo(f"{name}: {error}")
+            problems.append(f"{name} has no protocol that can be read")
+            continue
+        cli.echo(describe_part(part))
+        if part.missing and not part.lacks_only_what_is_not_distributed:
+            problems.append(protocols.describe_missing(part.missing, len(part.trials)))
+        rates_of_part, unreadable = read_sample(part, args)
+        rates += rates_of_part
+        for line in unreadable[:3]:
+            cli.echo(f"{name}: {line}")
+        if unreadable:
+            problems.append(f"{len(unreadable)} files of {name} cannot be read")
+    cli.echo(describe_release(args.task, rates))
+    if args.task != "ITW":
+        problems += check_space(args)
+    if problems:
+        raise InputError(
+            f"not ready: {'; '.join(problems)}; unpack the archives again (7z x on the last "
+            "piece), or make space, then run this again"
+        )
+    cli.echo("ready")
+
+
+def describe_part(part: downloads.Part) -> str:
+    n_real, n_fake = part.counts
+    n_present = len(part.trials) - len(part.missing)
+    line = f"{part.name}: {n_real} real and {n_fake} fake rows"
+    if part.counts == part.published:
+        line += ", as published"
+    else:
+        line += f" (published: {part.published[0]} and {part.published[1]})"
+    line += f"; {n_present} files present, {len(part.missing)} absent, {part.surplus} not named"
+    if part.missing and part.lacks_only_what_is_not_distributed:
+        line += "; its real files are not distributed (copyright)"
+    return line
+
+
+def read_sample(part: downloads.Part, args: argparse.Namespace) -> tuple[Counter, list[str]]:
+    """Sampling rates in Hz -> files, and a line for each unreadable file, of a sample or of all."""
+    paths = part.present
+    if not args.all and len(paths) > CHECK_SAMPLE:
+        paths = random.Random(0).sample(paths, CHECK_SAMPLE)
+    batches = [range(first, min(first + 32, len(paths))) for first in range(0, len(paths), 32)]
+    rates: Counter = Counter()
+    unreadable: list[str] = []
+    with tqdm(total=len(paths), unit="file", desc=part.name, leave=False) as bar:
+        for batch in dataset.clip_batches(paths, batches, args.num_workers):
+            rates.update(batch.rates)
+            unreadable += batch.failures.values()
+            bar.update(len(batch.rows) + len(batch.failures))
+    return rates, unreadable
+
+
+def describe_release(task: str, rates: Counter) -> str:
+    counts = ", ".join(f"{rate} Hz: {count}" for rate, count in sorted(rates.items()))
+    line = f"sampling rates of the files read: {counts or 'none'}"
+    if task == "codecfake" and rates:
+        is_v1 = set(rates) == {audio.SAMPLE_RATE}
+        line += "; release V1 (all at 16 kHz)" if is_v1 else "; release V2 (mixed rates)"
+    return line
+
+
+def check_space(args: argparse.Namespace) -> list[str]:
+    """Say what the features need and what is free; a line where it is too little."""
+    needed = 0
+    row = feature_cache.row_type(args.dtype, dataset.FEATURE_SHAPES[args.feat]).itemsize
+    for part in PARTS:
+        with suppress(InputError):  # said above
+            n_rows = len(protocols.read_protocol(args.task, args.path_to_database, part))
+            if not (cache_folder(args, part) / "cache.json").exists():
+                needed += n_rows * row
+    folder = args.features.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    cli.echo(
+        f"features of train and dev ({args.feat}, {args.dtype}): {needed / 1e9:.1f} GB still to "
+        f"allocate, {free / 1e9:.1f} GB free under {folder}"
+    )
+    return [f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"] if needed > free else []
 
 
 # ── Verification ─────────────────────────────────────────────────────────────────────────────────

@@ -58,6 +58,9 @@ EIGHT_BITS = {"xls-r-5": "affine8", "mel": "sqrt8"}  # feat -> its 8-bit form
 AFFINE_STEPS = 255  # affine8: codes run from 0 to 255
 SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
 ROUND_DOWN = np.float32(1 - 2**-23)  # no largest value decodes to infinity
+OWN_FILES = re.compile(
+    r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|features_\d{5}\.npy|.+\.part"
+)
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
 
@@ -453,14 +456,7 @@ def _write_all(descriptor: int, array: np.ndarray, offset: int, path: Path) -> N
 def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     """Lay the files out, empty; cache.json comes last, so that a folder that has it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = [
-        name
-        for name in sorted(os.listdir(folder))
-        if not re.fullmatch(
-            r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|features_\d{5}\.npy|.+\.part",
-            name,
-        )
-    ]
+    foreign = [name for name in sorted(os.listdir(folder)) if not OWN_FILES.fullmatch(name)]
     if foreign:
         raise InputError(
             f"{folder}: holds files that are not of a feature cache (first: {foreign[0]}); a "

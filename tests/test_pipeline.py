@@ -281,6 +281,43 @@ def test_caches_of_the_old_resampler_are_taken_over_or_refused(
             run(*command)
 
 
+def test_a_whole_download_is_ready(tmp_path: Path, corpora: Path, capsys) -> None:
+    for task, folder in (("codecfake", "Codecfake"), ("19LA", "LA"), ("ITW", "ITW")):
+        features = [] if task == "ITW" else ["-f1" if task == "19LA" else "-f", tmp_path]
+        options = ["--check", "-t", task, "-d", corpora / folder, *features]
+        run(preprocess, *options, "--num_workers", 0)
+        assert capsys.readouterr().out.endswith("ready\n")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_broken_download_is_described(tmp_path: Path, capsys) -> None:
+    """A file absent, one unreadable, one that no row names, one at another rate."""
+    corpus = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    (corpus / "train" / "strain_000.wav").unlink()
+    write_tone(corpus / "train" / "surplus.wav")
+    (corpus / "test" / "C2" / "F02_s_000.wav").write_text("not audio")
+    write_tone(corpus / "test" / "C3" / "F03_s_000.wav", rate=24_000)
+    (corpus / "label" / "C5.txt").unlink()
+    options = ["--check", "-d", corpus, "-f", tmp_path / "f", "--num_workers", 0, "--all"]
+    with pytest.raises(InputError) as refused:
+        run(preprocess, *options)
+    out = capsys.readouterr().out
+    assert "train: 1 real and 2 fake rows (published: 105821 and 634926)" in out
+    assert "2 files present, 1 absent, 1 not named" in out
+    assert "release V2 (mixed rates)" in out and "24000 Hz: 1" in out
+    for problem in ("1 of 3 files", "1 files of C2 cannot be read", "C5 has no protocol"):
+        assert problem in str(refused.value)
+
+
+def test_a3_without_its_real_half_is_whole(tmp_path: Path, capsys) -> None:
+    corpus = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    for path in (corpus / "test" / "A3").glob("s_*.wav"):
+        path.unlink()
+    run(preprocess, "--check", "-d", corpus, "-f", tmp_path / "f", "--num_workers", 0)
+    out = capsys.readouterr().out
+    assert "its real files are not distributed" in out and out.endswith("ready\n")
+
+
 def test_the_eight_bit_form_is_the_front_ends(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit):
         run(preprocess, "--feat", "mel", "--dtype", "affine8")
