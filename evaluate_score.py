@@ -51,7 +51,7 @@ DEFAULT_FOLDER = "result"
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "-t", "--task", choices=TASKS, help="only the subsets of this task (default: all)"
     )

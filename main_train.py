@@ -29,14 +29,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import dataset
 import eval_metrics
 import model
 from dataset import FAKE, REAL, JoinedFeatures
-from formats import training_state
+from formats import torch_files, training_state
 from formats.training_state import Progress, TrainingState
 from runtime import cli, devices, ranks
 from runtime.cli import InputError
@@ -115,13 +114,13 @@ def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--lr",
-        type=float,
+        type=cli.number(above=0),
         default=5e-4,
         help="learning rate of the first epoch (default: %(default)s)",
     )
     add(
         "--lr_decay",
-        type=float,
+        type=cli.number(above=0),
         default=0.5,
         help="factor on lr every --interval epochs (default: %(default)s)",
     )
@@ -134,19 +133,19 @@ def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--beta_1",
-        type=float,
+        type=cli.number(least=0, below=1),
         default=0.9,
         help="decay of the gradient's mean (default: %(default)s)",
     )
     add(
         "--beta_2",
-        type=float,
+        type=cli.number(least=0, below=1),
         default=0.999,
         help="decay of the gradient's mean square (default: %(default)s)",
     )
     add(
         "--eps",
-        type=float,
+        type=cli.number(above=0),
         default=1e-8,
         help="added to the root mean square (default: %(default)s)",
     )
@@ -173,7 +172,10 @@ def _add_sharpness_options(group: argparse._ArgumentGroup) -> None:
         help="SAM with both corpora in every batch; co-train only (Xie et al. 2024)",
     )
     add(
-        "--rho", type=float, default=0.05, help="radius of the neighbourhood (default: %(default)s)"
+        "--rho",
+        type=cli.number(above=0),
+        default=0.05,
+        help="radius of the neighbourhood (default: %(default)s)",
     )
 
 
@@ -187,6 +189,12 @@ def _add_output_options(group: argparse._ArgumentGroup) -> None:
         default=cli.MODEL_FOLDER,
         help="output folder (default: %(default)s)",
     )
+    add(
+        "--init_from",
+        type=Path,
+        metavar="FILE|DIR",
+        help="begin from the weights of another head of the same kind, in a new --out_fold",
+    )
     add("--continue_training", **cli.SWITCH, help="go on with the run in --out_fold")
 
 
@@ -197,6 +205,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--SAM, --ASAM and --CSAM exclude each other")
     if args.CSAM and args.train_task != "co-train":
         parser.error(f"--CSAM mixes the two corpora of -t co-train, got -t {args.train_task}")
+    if args.init_from and args.continue_training:
+        parser.error("--init_from begins a new run, --continue_training goes on with an old one")
     if args.CSAM and args.batch_size < 2:
         parser.error("--CSAM needs a --batch_size of at least 2, one clip of each corpus")
     return args
@@ -206,10 +216,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = devices.pick_device(ranks.gpu(args.gpu))
     devices.set_precision(args.precision, device)
+    torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
     train, dev = open_corpora(args)
     settings = settings_of(args, train, dev)
+    if args.init_from:
+        settings["init_from"] = load_initial_weights(head, args.init_from)
     with ranks.exclusive(args.out_fold), ranks.process_group(device):
         optimiser = build_optimiser(head, args)
         network = ranks.parallel(head)
@@ -221,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lr = args.lr * args.lr_decay ** ((epoch - 1) // args.interval)
             set_learning_rate(optimiser, lr)
             trained = train_epoch(run, network, head, optimiser, train, args)
-            judged = evaluate(head, dev, args, device)
+            judged = evaluate(head, dev, args, device, epoch)
             record = {"epoch": epoch, **trained, **judged, "lr": lr}
             run.save_epoch(record, head, optimiser)
             cli.echo(describe_epoch(record, args.num_epochs, run.best))
@@ -317,8 +330,15 @@ def sharpness_of(args: argparse.Namespace) -> Sharpness | None:
 
 
 def build_optimiser(head: nn.Module, args: argparse.Namespace) -> torch.optim.Adam:
-    betas = (args.beta_1, args.beta_2)
-    return torch.optim.Adam(head.parameters(), args.lr, betas, args.eps, weight_decay=WEIGHT_DECAY)
+    on_gpu = next(head.parameters()).is_cuda
+    return torch.optim.Adam(
+        head.parameters(),
+        args.lr,
+        (args.beta_1, args.beta_2),
+        args.eps,
+        weight_decay=WEIGHT_DECAY,
+        fused=on_gpu or None,
+    )
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
@@ -406,24 +426,29 @@ def total_class_weight(labels: np.ndarray) -> float:
 def climb(head: nn.Module, sharpness: Sharpness) -> list[tuple[nn.Parameter, Tensor]]:
     """Move the weights to where the loss is highest nearby; return each with its original value.
 
-    SAM: e = rho g / ||g||; ASAM: e = rho w^2 g / || |w| g ||; one norm over all parameters.
+    SAM: e = rho g / ||g||; ASAM: e = rho w^2 g / || |w| g ||; one norm over all parameters. All
+    parameters at once: on a GPU one by one takes 1,400 kernels.
     """
     moving = [p for p in head.parameters() if p.grad is not None]
-    scaled = [p.grad * p.abs() if sharpness.adaptive else p.grad for p in moving]
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in scaled])
-    norm = torch.linalg.vector_norm(norms) + 1e-12
-    original = [(p, p.clone()) for p in moving]
-    for p in moving:
-        direction = p.square() if sharpness.adaptive else 1
-        p.add_(direction * p.grad * (sharpness.rho / norm))
-    return original
+    grads = [p.grad for p in moving]
+    scaled = grads
+    if sharpness.adaptive:
+        scaled = torch._foreach_mul(grads, torch._foreach_abs(moving))
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled))) + 1e-12
+    original = [torch.empty_like(p) for p in moving]
+    torch._foreach_copy_(original, moving)
+    steps = grads
+    if sharpness.adaptive:
+        steps = torch._foreach_mul(torch._foreach_mul(moving, moving), grads)
+    torch._foreach_add_(moving, torch._foreach_mul(steps, sharpness.rho / norm))
+    return list(zip(moving, original, strict=True))
 
 
 @torch.no_grad()
 def descend(original: list[tuple[nn.Parameter, Tensor]]) -> None:
     """Put the weights back that climb() moved."""
-    for p, value in original:
-        p.copy_(value)
+    moving, values = zip(*original, strict=True)
+    torch._foreach_copy_(list(moving), list(values))
 
 
 @contextmanager
@@ -556,12 +581,19 @@ def require_finite_weights(head: nn.Module, epoch: int, step: int) -> None:
 
 @torch.inference_mode()
 def evaluate(
-    head: nn.Module, dev: JoinedFeatures, args: argparse.Namespace, device: torch.device
+    head: nn.Module,
+    dev: JoinedFeatures,
+    args: argparse.Namespace,
+    device: torch.device,
+    epoch: int,
 ) -> dict[str, float | None]:
     """Judge the head on the whole development set(s).
 
     Returns:
         {"dev_loss": weighted cross entropy, "dev_eer": in percent, None where a class is absent}.
+
+    Raises:
+        InputError: the head has diverged.
     """
     head.eval()
     rows = np.arange(len(dev.labels))
@@ -580,6 +612,11 @@ def evaluate(
         ):
             logits[shard] = head(features.to(device).float())[1].float().cpu()
     logits = sum(ranks.gather(logits))  # each row is zero on all ranks but one
+    if not np.isfinite(logits).all():
+        raise InputError(
+            f"epoch {epoch}: the head's outputs on the development set are not finite. The weights "
+            f"of the epochs before are kept; lower --lr (now {args.lr:g})"
+        )
     return judge(logits, dev.labels)
 
 
@@ -596,6 +633,28 @@ def judge(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
 
 
 # ── The run's folder ─────────────────────────────────────────────────────────────────────────────
+
+
+def files_of_a_run(folder: Path) -> list[str]:
+    """What lies in the folder, without the lock and what a killed write left."""
+    names = [name for name in os.listdir(folder) if not name.endswith(".part")]
+    return sorted(name for name in names if name != ".lock")
+
+
+def load_initial_weights(head: nn.Module, path: Path) -> str:
+    """Copy the weights of another head of the same kind; return their digest.
+
+    Raises:
+        InputError: not a head, or one of another kind or front end.
+    """
+    other = model.load_head(path)
+    if (other.name, other.feat) != (head.name, head.feat):
+        raise InputError(
+            f"--init_from {path}: expected a head {head.name} on {head.feat}, got {other.name} on "
+            f"{other.feat}; name its kind with -m and --feat"
+        )
+    head.load_state_dict(other.state_dict())
+    return torch_files.digest(head)
 
 
 class Run:
@@ -617,19 +676,27 @@ class Run:
         self, continue_training: bool, head: nn.Module, optimiser: torch.optim.Optimizer
     ) -> None:
         """Take up the run that the folder holds, or begin one in an empty folder."""
-        used = ranks.broadcast(
-            lambda: [name for name in os.listdir(self.folder) if name != ".lock"]
-        )
+        used = ranks.broadcast(lambda: files_of_a_run(self.folder))
         if used and not continue_training:
             raise InputError(
                 f"{self.folder}: not empty, and a finished run is never overwritten; choose "
                 "another -o, or go on with the run in it with --continue_training"
             )
+        if continue_training and not used:
+            raise InputError(
+                f"{self.folder}: is empty, there is no run to go on with; check -o, or leave "
+                "--continue_training out to begin one"
+            )
+        if continue_training and STATE_FILE not in used:
+            raise InputError(
+                f"{self.folder}: holds no {STATE_FILE} to go on from, but {', '.join(used[:3])}; "
+                "choose another -o; --init_from begins a new run from given weights"
+            )
         if STATE_FILE in used:
             self._take_up(head, optimiser)
-        elif continue_training:
-            cli.echo(f"note: {self.folder} holds no state to go on from; starting at epoch 1")
         if ranks.is_first():
+            if not used:
+                self._save_state(head, optimiser)  # a kill in the first epoch can be gone on from
             (self.folder / "checkpoint").mkdir(exist_ok=True)
             self._write_settings()
 
@@ -643,7 +710,9 @@ class Run:
                     f"is {value!r}; give the same, or choose another -o"
                 )
         training_state.restore(path, state, head, optimiser)
-        state.settings = self.state.settings  # equal, and pickled to the bytes of an unbroken run
+        # Equal, and pickled to the bytes of an unbroken run.
+        begun_from = {key: state.settings[key] for key in ("init_from",) if key in state.settings}
+        state.settings = self.state.settings | begun_from
         self.state = state
         if ranks.is_first():
             self._write_log()  # a kill may have come between the state and the log
@@ -707,10 +776,17 @@ class Run:
             file.writelines(json.dumps(record) + "\n" for record in self.state.history)
 
     def _write_curves(self, record: dict[str, Any]) -> None:
-        with SummaryWriter(str(self.folder / "tensorboard"), purge_step=record["epoch"]) as curves:
-            for name in ("loss", "dev_loss", "dev_eer", "lr"):
-                if record[name] is not None:
-                    curves.add_scalar(name, record[name], record["epoch"])
+        """Add the epoch to TensorBoard's curves; log.jsonl has the same figures."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = str(self.folder / "tensorboard")
+            with SummaryWriter(folder, purge_step=record["epoch"]) as curves:
+                for name in ("loss", "dev_loss", "dev_eer", "lr"):
+                    if record[name] is not None:
+                        curves.add_scalar(name, record[name], record["epoch"])
+        except Exception as error:  # a broken installation fails in any way
+            cli.echo(f"note: no TensorBoard curves ({type(error).__name__}: {error})")
 
 
 if __name__ == "__main__":

@@ -536,9 +536,7 @@ def _is_front_end(name: str) -> bool:
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Turn released weights into a checkpoint of this program."
-    )
+    parser = cli.Parser(description="Turn released weights into a checkpoint of this program.")
     parser.add_argument(
         "released", type=Path, help="a released anti-spoofing_feat_model.pt, or its folder"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import signal
 import sys
@@ -155,12 +156,10 @@ def echo(line: str) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """Of several processes given the same wrong options, one says so."""
+    """Wrong options are one line, which one of several processes says."""
 
     def error(self, message: str) -> NoReturn:
-        if _may_report():
-            super().error(message)
-        sys.exit(USER_ERROR)
+        _end(USER_ERROR, f"error: {message}; --help explains the options")
 
 
 def add_feature_folders(parser: argparse.ArgumentParser, what: str) -> None:
@@ -206,6 +205,27 @@ def add_compute_options(
         help="workers that read ahead; 0: read in the main process (default: %(default)s)",
     )
     return group
+
+
+def number(
+    *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite number x with least <= x, above < x and x < below."""
+    bounds = [f"of at least {least:g}"] if least > -math.inf else []
+    bounds += [f"above {above:g}"] if above > -math.inf else []
+    bounds += [f"below {below:g}"] if below < math.inf else []
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not least <= value or not above < value < below:
+            wanted = " and ".join(bounds)
+            raise argparse.ArgumentTypeError(f"expected a number {wanted}, got {text!r}")
+        return value
+
+    return parse
 
 
 def percent(text: str) -> float:

@@ -236,7 +236,9 @@ def parallel(network: nn.Module) -> nn.Module:
     if _size == 1:
         return network
     sync_batchnorms(network)
-    return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(
+        network, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def mean(x: Tensor) -> Tensor:
@@ -278,6 +280,7 @@ class SyncedBatchNorm(_BatchNorm):
     def _check_input_dim(self, x: Tensor) -> None:
         """Any number of dimensions will do."""
 
+    @torch.compiler.disable  # compiled, its gradients are wrong without a word
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -318,11 +319,105 @@ def test_a_run_does_not_go_on_with_rows_stored_in_another_type(tmp_path: Path) -
         main_train.main([*command, "-f1", str(tmp_path / "sqrt8"), "--continue_training"])
 
 
-def test_continuing_before_the_first_state_starts_at_epoch_1(
-    features, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_going_on_needs_a_run(features, tmp_path: Path) -> None:
+    """A mistyped folder, and one that holds only weights: nothing is trained over them."""
+    options = ("--num_epochs", "1", "--continue_training")
+    with pytest.raises(InputError, match="is empty, there is no run to go on with; check -o"):
+        train(features, tmp_path / "mistyped", *options, task="19LA")
+    torch.manual_seed(0)
+    released = tmp_path / "released" / model.WEIGHTS
+    released.parent.mkdir()
+    model.save_head(released, model.LCNN("mel"), {})
+    before = released.read_bytes()
+    with pytest.raises(InputError, match="holds no last_state.pt to go on from.*--init_from"):
+        train(features, released.parent, *options, task="19LA")
+    assert released.read_bytes() == before
+
+
+def test_a_run_killed_in_its_first_epoch_goes_on(features, tmp_path: Path, monkeypatch) -> None:
+    whole = train(features, tmp_path / "whole", "--num_epochs", "1", task="19LA")
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(main_train, "train_step", killed)
+        train(features, tmp_path / "killed", "--num_epochs", "1", task="19LA")
+    train(features, tmp_path / "killed", "--num_epochs", "1", "--continue_training", task="19LA")
+    assert weights(tmp_path / "killed") == weights(whole)
+
+
+def test_a_run_begins_from_given_weights(features, tmp_path: Path, monkeypatch) -> None:
+    first = train(features, tmp_path / "first", "--num_epochs", "1", task="19LA")
+    begun = []
+    real_step = main_train.train_step
+
+    def noted(head, *arguments):
+        begun.append({name: value.clone() for name, value in head.state_dict().items()})
+        return real_step(head, *arguments)
+
+    monkeypatch.setattr(main_train, "train_step", noted)
+    out = tmp_path / "tuned"
+    train(features, out, "--num_epochs", "1", "--init_from", str(first), task="codecfake")
+    given = model.load_head(first).state_dict()
+    assert all(torch.equal(begun[0][name], given[name]) for name in given)
+    train(features, out, "--num_epochs", "2", "--continue_training", task="codecfake")
+    assert "init_from" in model.load_head(out).info
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_all_parameters_climb_at_once_as_they_do_one_by_one(adaptive: bool) -> None:
+    """Equal to the bit, up and back down."""
+    torch.manual_seed(0)
+    head = model.LCNN("mel")
+    for p in head.parameters():
+        p.grad = torch.randn_like(p)
+    start = [p.detach().clone() for p in head.parameters()]
+    scaled = [p.grad * p.detach().abs() if adaptive else p.grad for p in head.parameters()]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in scaled]))
+    expected = []
+    for p, value in zip(head.parameters(), start, strict=True):
+        direction = value.square() if adaptive else 1
+        expected.append(value + direction * p.grad * (0.05 / (norm + 1e-12)))
+    original = main_train.climb(head, main_train.Sharpness(0.05, adaptive))
+    assert all(map(torch.equal, head.parameters(), expected))
+    main_train.descend(original)
+    assert all(map(torch.equal, head.parameters(), start))
+
+
+def test_a_broken_tensorboard_costs_only_its_curves(
+    features, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
 ) -> None:
-    train(features, tmp_path / "new", "--num_epochs", "1", "--continue_training", task="19LA")
-    assert "no state to go on from; starting at epoch 1" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    out = train(features, tmp_path / "run", "--num_epochs", "1", task="19LA")
+    assert "note: no TensorBoard curves" in capsys.readouterr().out
+    assert (out / "log.jsonl").exists() and (out / model.WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(
+    "option, value, wanted",
+    [
+        ("--lr", "-1", "above 0"),
+        ("--lr", "nan", "above 0"),
+        ("--lr_decay", "-1", "above 0"),
+        ("--beta_1", "1.5", "of at least 0 and below 1"),
+        ("--beta_2", "-0.1", "of at least 0 and below 1"),
+        ("--eps", "-1", "above 0"),
+        ("--rho", "-1", "above 0"),
+        ("--rho", "wide", "above 0"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(option, value, wanted, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main_train.main(["-t", "19LA", option, value])
+    lines = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert len(lines) == 1 and f"expected a number {wanted}, got {value!r}" in lines[0], lines
+
+
+def test_a_diverged_head_names_epoch_and_rate(features, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"epoch 1.*lower --lr"):
+        train(features, tmp_path / "run", "--num_epochs", "3", "--lr", "1e9", task="19LA")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,10 @@ class Stage:
         return self.folder / f"{self.name}{self.fresh}"
 
     def main(self, out: Path, workers: int = 0) -> None:
-        self.script.main([*self.options, self.output, str(out), "--num_workers", str(workers)])
+        options = [*self.options, self.output, str(out), "--num_workers", str(workers)]
+        if (out / main_train.STATE_FILE).exists():
+            options.append("--continue_training")
+        self.script.main(options)
 
     def contents(self, out: Path) -> dict[str, object]:
         """Everything a run leaves, by file.
@@ -173,7 +176,7 @@ def make_stages(folder: Path) -> dict[str, Stage]:
 
 def _training(folder: Path) -> list[object]:
     sizes = ["--batch_size", 3, "--num_epochs", 2]
-    return [*MEL, "-m", "lcnn", "-f", folder / "features", *sizes, "--continue_training"]
+    return [*MEL, "-m", "lcnn", "-f", folder / "features", *sizes]
 
 
 def _scoring(folder: Path) -> list[object]:
