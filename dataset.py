@@ -313,12 +313,15 @@ class JoinedFeatures:
         part_of = self._part_of(rows)
         if (part_of == part_of[0]).all():
             return self.parts[part_of[0]].read(rows - self._starts[part_of[0]])
-        features = torch.empty(len(rows), *self.shape)
-        for number, part in enumerate(self.parts):
-            positions = np.flatnonzero(part_of == number)
-            if len(positions):
-                values, _ = part.read(rows[positions] - self._starts[number])
-                features[positions] = values.float()
+        positions = [np.flatnonzero(part_of == number) for number in np.unique(part_of)]
+        pieces = []
+        for number, where in zip(np.unique(part_of), positions, strict=True):
+            pieces.append(self.parts[number].read(rows[where] - self._starts[number])[0])
+        if len({piece.dtype for piece in pieces}) > 1:
+            pieces = [piece.float() for piece in pieces]
+        features = torch.empty(len(rows), *self.shape, dtype=pieces[0].dtype)
+        for where, piece in zip(positions, pieces, strict=True):
+            features[where] = piece
         return features, torch.from_numpy(self.labels[rows])
 
     def _part_of(self, rows: np.ndarray | int) -> np.ndarray | int:

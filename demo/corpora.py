@@ -149,8 +149,7 @@ def build(
     print(f"{out}: {sum(1 + len(file.also) for file in files)} files of {voices}")
 
 
-# --- whose clips
-# ------------------------------------------------------------------------------------
+# ── whose clips ──────────────────────────────────────────────────────────────────────────────────
 
 
 def _synthetic(seed: int, scale: float) -> tuple[Parts, str]:
@@ -232,8 +231,7 @@ def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
     return dealt
 
 
-# --- what goes where
-# --------------------------------------------------------------------------------
+# ── what goes where ──────────────────────────────────────────────────────────────────────────────
 
 
 def _codecfake(parts: Parts, seed: int) -> Plan:
@@ -382,8 +380,7 @@ floor, one distribution of level and length.
 """
 
 
-# --- files
-# --------------------------------------------------------------------------------------------
+# ── files ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _make_all(folder: Path, files: list[File], seed: int, workers: int) -> None:
@@ -510,8 +507,7 @@ def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-# --- the folder
-# -----------------------------------------------------------------------------------------
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────
 
 
 def _is_there(out: Path, settings: dict) -> bool:

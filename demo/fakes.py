@@ -24,8 +24,7 @@ WINDOW = np.hanning(FFT + 1)[:-1]
 BINS = FFT // 2 + 1
 
 
-# --- codecs
-# ----------------------------------------------------------------------------------------
+# ── codecs ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def code(
@@ -44,9 +43,8 @@ def code(
     """
     gain = peak / max(np.abs(clip).max(), 1e-9)
     for number in range(passes):
-        shift = (
-            37 * number
-        )  # its frames fall elsewhere each time; on the same ones, a codec changes little more
+        # Its frames fall elsewhere each time; on the same ones a codec changes little more.
+        shift = 37 * number
         file = io.BytesIO()
         soundfile.write(
             file,
@@ -62,9 +60,8 @@ def code(
             raise RuntimeError(
                 f"{subtype}: {shift + len(clip)} samples went in, {len(decoded)} came out"
             )
-        clip = (
-            decoded[shift : shift + len(clip)] / gain
-        )  # codecs of fixed frames hand back a little more
+        # Codecs of fixed frames hand back a little more.
+        clip = decoded[shift : shift + len(clip)] / gain
     return clip
 
 
@@ -107,8 +104,7 @@ CODECS = {
 }
 
 
-# --- resynthesis
-# -------------------------------------------------------------------------------------
+# ── resynthesis ──────────────────────────────────────────────────────────────────────────────────
 
 
 def griffin_lim(

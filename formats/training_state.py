@@ -14,7 +14,7 @@ from runtime.cli import InputError
 
 FORMAT = "codecfake-state-1"
 RECORD_KEYS = {"epoch", "loss", "dev_loss", "dev_eer", "lr", "seconds"}  # of one epoch in history
-REMEDY = "remove it to train again from epoch 1 to the same weights"
+REMEDY = "choose another -o to train again from epoch 1 to the same weights"
 
 
 @dataclass

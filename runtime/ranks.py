@@ -31,6 +31,8 @@ from runtime.cli import InputError
 T = TypeVar("T")
 POLL = 0.02  # seconds between two looks at the store
 CHUNK = 2**22  # bytes; the store drops connections that send twice as much at once
+STORE_TIMEOUT = timedelta(minutes=30)
+PEER_TIMEOUT = timedelta(seconds=10)  # torchrun's own store is there at once
 TIMEOUT = timedelta(days=7)  # the first rank may write for long; torchrun notices a dead rank
 
 _store: dist.Store | None = None
@@ -58,18 +60,35 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
 
 def _join() -> None:
     global _store, _rank, _size
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    size = _world_size()
+    if size == 1:
         return
     try:
-        _store, _rank, _size = next(dist.rendezvous("env://"))
+        _store, _rank, _size = next(dist.rendezvous("env://", timeout=PEER_TIMEOUT))
     except ValueError as error:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, which torchrun sets, but not all else that "
+            f"WORLD_SIZE is {size}, which torchrun sets, but not all else that "
             f"it sets is there ({error}); start with torchrun, or unset WORLD_SIZE"
         ) from None
+    except RuntimeError:  # torch's own message is of many lines
+        raise InputError(
+            f"WORLD_SIZE is {size}, but not all {size} processes came within "
+            f"{PEER_TIMEOUT.seconds} s; start them with torchrun, or unset WORLD_SIZE"
+        ) from None
+    _store.set_timeout(STORE_TIMEOUT)
     cli.report_only_if(_is_first_to_end)
     if _rank:
         sys.stdout = open(os.devnull, "w")
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) == 0:
+        raise InputError(
+            f"WORLD_SIZE is {text!r}, expected the number of processes, which torchrun sets; "
+            "start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(text)
 
 
 def _leave() -> None:

@@ -541,3 +541,16 @@ def test_a_run_in_bfloat16_leaves_float32_weights(features, tmp_path: Path) -> N
     assert head.info["precision"] == "bf16"
     assert all(tensor.dtype != torch.bfloat16 for tensor in head.state_dict().values())
     assert weights(exact) != weights(coarse), "the option reaches the loop"
+
+
+def test_rows_of_two_corpora_keep_the_type_they_share(features, tmp_path: Path) -> None:
+    """float16 goes to the GPU as it is stored; a mixture of types becomes float32."""
+    wide = make_features(tmp_path / "wide", 4, 1, dtype="float32")
+    rows = np.array([9, 0, 8, 3])
+    for other, expected in ((features[1], torch.float16), (wide, torch.float32)):
+        stores = [dataset.open_features(root, "train", "mel") for root in (features[0], other)]
+        values, _ = dataset.JoinedFeatures(stores).read(rows)
+        assert values.dtype == expected
+        for row, value in zip(rows, values, strict=True):
+            store, at = (stores[0], row) if row < 8 else (stores[1], row - 8)
+            assert torch.equal(value.float(), store.read(np.array([at]))[0][0].float())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -437,3 +438,19 @@ def test_a_mistake_ends_all_ranks_in_one_line(tmp_path: Path, command: list, mes
     err = "".join(outcome.err)
     assert outcome.code == 1 and re.search(r"exitcode\s*: 2", outcome.report), err + outcome.report
     assert err.count("error: ") == 1 and message in err and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [("", "WORLD_SIZE is ''"), ("abc", "WORLD_SIZE is 'abc'"), ("2", "not all 2 processes came")],
+)
+def test_left_over_variables_of_a_cluster_end_in_one_line(
+    size: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "PEER_TIMEOUT", timedelta(seconds=1))
+    variables = {"WORLD_SIZE": size, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message) as refused:
+        ranks._join()
+    assert "\n" not in str(refused.value)
