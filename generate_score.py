@@ -198,7 +198,7 @@ class Scorer:
             source = ssl or head.info.get("ssl") or DEFAULT_SSL
         key = head.feat, source
         if key not in self.front_ends:
-            front_end = frontends.load_frontend(head.feat, source, self.precision)
+            front_end = self._load_front_end(name, head, source, recorded=not ssl)
             self.front_ends[key] = front_end.to(self.device)
         fingerprint = self.front_ends[key].fingerprint()
         for what, trained_on in head.info.get("front_end", {}).items():
@@ -209,6 +209,18 @@ class Scorer:
                     "weights with --ssl"
                 )
         return key
+
+    def _load_front_end(
+        self, name: str, head: nn.Module, source: str | None, recorded: bool
+    ) -> FrontEnd:
+        """The front end of a head; where its weights are not found, say who named them."""
+        try:
+            return frontends.load_frontend(head.feat, source, self.precision)
+        except InputError as error:
+            if not recorded or source is None:
+                raise
+            where = f"recorded in {name}" if head.info.get("ssl") else "the default"
+            raise InputError(f"{error} (that is {where}; --ssl names another)") from error
 
     @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:

@@ -205,8 +205,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--SAM, --ASAM and --CSAM exclude each other")
     if args.CSAM and args.train_task != "co-train":
         parser.error(f"--CSAM mixes the two corpora of -t co-train, got -t {args.train_task}")
-    if args.init_from and args.continue_training:
-        parser.error("--init_from begins a new run, --continue_training goes on with an old one")
     if args.CSAM and args.batch_size < 2:
         parser.error("--CSAM needs a --batch_size of at least 2, one clip of each corpus")
     return args
@@ -216,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = devices.pick_device(ranks.gpu(args.gpu))
     devices.set_precision(args.precision, device)
-    torch.backends.cudnn.benchmark = True  # all batches but the last have one shape
+    # All batches but the last have one shape.
+    torch.backends.cudnn.benchmark = device.type == "cuda"
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
     train, dev = open_corpora(args)
