@@ -113,7 +113,8 @@ def test_evaluating_against_a_corpus_loads_no_torch(tmp_path: Path) -> None:
 
 def test_the_pages_link_to_files_that_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "pretrained_model/README.md", *ROOT.glob("docs/*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text()):
+            link = "".join(link)
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
 
