@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import sys
 import zlib
@@ -31,7 +32,7 @@ import dataset
 import frontends
 import model
 from dataset import FAKE, REAL, ClipBatch, Trial
-from formats import audio, protocols, score_files, torch_files
+from formats import audio, partial_scores, protocols, score_files, torch_files
 from frontends import DEFAULT_SSL, FrontEnd
 from runtime import cli, devices, ranks
 from runtime.cli import InputError
@@ -222,17 +223,28 @@ class Scorer:
             where = f"recorded in {name}" if head.info.get("ssl") else "the default"
             raise InputError(f"{error} (that is {where}; --ssl names another)") from error
 
+    def made_by(self, number: int) -> str:
+        """All that decides the logits of one of the heads."""
+        front_end = self.front_ends[self.front_end_of[number]].fingerprint()
+        about = {
+            "weights": torch_files.digest(self.heads[number]),
+            "front_end": front_end,
+            "precision": self.precision,
+            "resampler": audio.RESAMPLER,
+        }
+        return json.dumps(about, sort_keys=True)
+
     @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
         with devices.memory_advice(self.batch_size):
             padded = devices.pad_batch(clips, self.batch_size, self.device)
             features = {key: front_end(padded) for key, front_end in self.front_ends.items()}
-            with devices.autocast(self.precision, self.device):
-                logits = [
-                    head(features[key])[1].float()
-                    for head, key in zip(self.heads, self.front_end_of, strict=True)
-                ]
+            # Heads stay in float32: under bfloat16 autocast their log odds move by up to 0.7.
+            logits = [
+                head(features[key].float())[1]
+                for head, key in zip(self.heads, self.front_end_of, strict=True)
+            ]
         return torch.stack(logits, dim=1)[: len(clips)].double().cpu().numpy()
 
     def score_files(self, lists: dict[str, Sequence[str]], num_workers: int) -> Iterator[Scored]:
@@ -290,6 +302,7 @@ class Scorer:
                 scored.decoders.update(batch.decoders)
                 for row, reason in batch.failures.items():
                     scored.failures[row - part.rows.start] = reason
+                    tqdm.write(cli.printable(f"{part.label}: {reason}"), file=sys.stderr)
                 for row, clip, digest in zip(batch.rows, batch.clips, batch.digests, strict=True):
                     digests[row - part.rows.start] = digest
                     if digest not in known:
@@ -383,10 +396,48 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, nn.Module]) -> None:
         n_clips = sum(len(subset.trials) for subset in subsets)
         names = ", ".join(subset.name for subset in subsets)
         cli.echo(f"{', '.join(heads)}: {n_clips} clips of {names}, {scorer.device} -> {result}")
-        lists = {subset.name: [trial.path for trial in subset.trials] for subset in subsets}
+        kept = [read_kept(subset, targets, scorer) for subset in subsets]
+        lists = {
+            subset.name: [subset.trials[row].path for row in unknown_rows(logits)]
+            for subset, logits in zip(subsets, kept, strict=True)
+        }
         scored_lists = scorer.score_files(lists, args.num_workers)
-        for subset, scored in zip(subsets, scored_lists, strict=True):
-            finish_subset(args, subset, scored, targets, scorer.device)
+        n_unreadable = 0
+        for subset, logits, scored in zip(subsets, kept, scored_lists, strict=True):
+            scored = with_kept(scored, logits)
+            n_unreadable += finish_subset(args, subset, scored, targets, scorer)
+    if n_unreadable:
+        raise InputError(
+            f"{n_unreadable} files cannot be read, as listed above; mend them and run the same "
+            "command again, which keeps all other scores, or add --skip_missing"
+        )
+
+
+def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> np.ndarray:
+    """Logits (trials, heads, 2) that an earlier run kept of all heads, NaN for the other trials."""
+    logits = np.full((len(subset.trials), len(targets), 2), np.nan)
+    for number, target in enumerate(targets):
+        path = partial_scores.partial_path(target.folder, subset.name)
+        known = partial_scores.read_partial(path, scorer.made_by(number))
+        for row, trial in enumerate(subset.trials):
+            if trial.name in known:
+                logits[row, number] = known[trial.name]
+    logits[np.isnan(logits).any(axis=(1, 2))] = np.nan
+    return logits
+
+
+def unknown_rows(logits: np.ndarray) -> np.ndarray:
+    """Trials of logits (trials, heads, 2) that are still to be scored."""
+    return np.flatnonzero(np.isnan(logits).any(axis=(1, 2)))
+
+
+def with_kept(scored: Scored, kept: np.ndarray) -> Scored:
+    """What was scored of the unknown rows, put beside the rows that were kept."""
+    rows = unknown_rows(kept)
+    logits = kept.copy()
+    logits[rows] = scored.logits
+    failures = {int(rows[position]): why for position, why in scored.failures.items()}
+    return Scored(logits, failures, scored.rates, scored.decoders)
 
 
 def finish_subset(
@@ -394,14 +445,18 @@ def finish_subset(
     subset: Subset,
     scored: Scored,
     targets: Sequence[Target],
-    device: torch.device,
-) -> None:
-    """Write a subset's score files, once all its files are scored or may be missing."""
-    if scored.failures and not args.skip_missing:
-        first = next(iter(scored.failures.values()))
-        raise InputError(
-            f"{subset.name}: {len(scored.failures)} files cannot be read, first {first}; or go on "
-            "without them with --skip_missing"
+    scorer: Scorer,
+) -> int:
+    """Write a subset's score files, or keep its scores where files cannot be read.
+
+    Returns:
+        How many files keep it from being finished.
+    """
+    is_blocked = bool(scored.failures) and not args.skip_missing
+    if is_blocked:
+        cli.echo(
+            f"{subset.name}: {len(scored.failures)} files cannot be read, first "
+            f"{next(iter(scored.failures.values()))}; the other scores are kept for the next run"
         )
     for note in (
         dataset.describe_rates(scored.rates),
@@ -409,11 +464,21 @@ def finish_subset(
     ):
         if note:
             cli.echo(note)
-    if ranks.is_first():
-        for number, target in enumerate(targets):
-            about = describe_scores(args, target.head, device)
+    if not ranks.is_first():
+        return len(scored.failures) if is_blocked else 0
+    for number, target in enumerate(targets):
+        path = partial_scores.partial_path(target.folder, subset.name)
+        logits = scored.logits[:, number]
+        if is_blocked:
+            rows = np.flatnonzero(~np.isnan(logits).any(axis=1))
+            names = [subset.trials[row].name for row in rows]
+            partial_scores.write_partial(path, scorer.made_by(number), names, logits[rows])
+        else:
+            about = describe_scores(args, target.head, scorer.device)
             about["decoders"] = dict(scored.decoders)
-            write_subset(args, target, subset, scored.logits[:, number], scored.failures, about)
+            write_subset(args, target, subset, logits, scored.failures, about)
+            path.unlink(missing_ok=True)
+    return len(scored.failures) if is_blocked else 0
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:

@@ -28,6 +28,7 @@ import main_train
 import model
 import preprocess
 from dataset import FEATURE_SHAPES, Trial
+from formats import partial_scores
 from formats.feature_cache import CacheWriter, FeatureCache
 from formats.score_files import read_scores
 from runtime import files
@@ -686,8 +687,51 @@ def test_missing_and_unreadable_audio_when_scoring(head_folder: Path, tmp_path: 
         and len(missing) == 2
     )
     write_tone(root / "test/C2/s_000.wav")
-    with pytest.raises(InputError, match="C2: 1 files cannot be read, first .*F02_s_001.wav"):
+    with pytest.raises(InputError, match="1 files cannot be read, as listed above"):
         run(generate_score, *command, "--overwrite")
+
+
+def test_an_unreadable_file_costs_no_other_score(
+    head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It is told at once, other subsets are finished, and the next run scores it alone."""
+    root = make_codecfake(tmp_path / "Codecfake", n_real=2)
+    broken = root / "test/C1/F01_s_001.wav"
+    sound = broken.read_bytes()
+    command = ["-t", "codecfake", "-d", root, "--subset", "C1", "C2", "--model_folder"]
+    command += [head_folder, *CPU]
+    run(generate_score, *command, "--result_folder", tmp_path / "whole")
+    broken.write_text("not audio")
+    out = tmp_path / "r"
+    with pytest.raises(InputError, match="1 files cannot be read, as listed above"):
+        run(generate_score, *command, "--result_folder", out)
+    assert "C1: " in capsys.readouterr().err
+    assert (out / "C2_result.txt").exists() and not (out / "C1_result.txt").exists()
+    broken.write_bytes(sound)
+    asked = []
+    real_batches = dataset.clip_batches
+
+    def noted(paths, *arguments):
+        asked.extend(paths)
+        return real_batches(paths, *arguments)
+
+    monkeypatch.setattr(dataset, "clip_batches", noted)
+    run(generate_score, *command, "--result_folder", out)
+    assert asked == [str(broken)]
+    for name in ("C1_result.txt", "C2_result.txt"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (out / "C1_partial.npz").exists()
+
+
+def test_kept_scores_are_those_of_the_same_weights(tmp_path: Path) -> None:
+    path = partial_scores.partial_path(tmp_path, "C1")
+    logits = np.array([[1.0, 2.0], [3.0, 4.0]])
+    partial_scores.write_partial(path, "these", ["a.wav", "b.wav"], logits)
+    known = partial_scores.read_partial(path, "these")
+    assert list(known) == ["a.wav", "b.wav"] and known["b.wav"].tolist() == [3.0, 4.0]
+    assert partial_scores.read_partial(path, "others") == {}
+    path.write_bytes(path.read_bytes()[:-40])
+    assert partial_scores.read_partial(path, "these") == {}
 
 
 def test_other_weights_than_those_trained_on_are_refused(
