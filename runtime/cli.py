@@ -75,6 +75,7 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
     for number in END_SIGNALS:
         signal.signal(number, _raise_stopped)
     sys.unraisablehook = _report_unraisable
+    _secure_streams()
     try:
         main()
         sys.stdout.flush()
@@ -93,6 +94,16 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         if _may_report():
             raise
         sys.exit(1)  # another process ended, which broke the connection to it
+
+
+def _secure_streams() -> None:
+    """No name that a locale cannot print, and no closed stream, may end a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started this process
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def stop_if_asked() -> None:

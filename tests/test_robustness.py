@@ -948,3 +948,27 @@ def test_a_list_of_checksums_of_another_kind_is_refused(tmp_path: Path, text: st
     (tmp_path / "provenance.json").write_text(text)
     with pytest.raises(InputError, match="provenance.json: damaged"):
         score_files.read_checksums(tmp_path)
+
+
+# ── Streams ──
+
+
+@pytest.mark.parametrize("redirection", ["", ">&-", "2>&-", ">&- 2>&-"])
+def test_no_stream_ends_a_run(tmp_path: Path, redirection: str) -> None:
+    """A cluster's ASCII locale with a name outside it; streams that are closed."""
+    folder = tmp_path / "Übung"
+    folder.mkdir()
+    rows = [f"{n}.wav 0.{9 - n} {'real' if n < 4 else 'fake'}\n" for n in range(8)]
+    (folder / "C1_result.txt").write_text("".join(rows))
+    command = f"'{sys.executable}' evaluate_score.py --no_ci --result_folder '{folder}' "
+    done = subprocess.run(
+        ["bash", "-c", command + redirection],
+        cwd=REPO,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if not redirection:
+        assert "bung" in done.stdout
