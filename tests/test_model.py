@@ -243,7 +243,7 @@ def test_mel_is_a_power_spectrogram_time_first() -> None:
 
 
 def test_weights_that_are_no_wav2vec2_are_refused(tmp_path: Path, ssl_narrow: Path) -> None:
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match=r"holds no config\.json"):
         model.load_frontend("xls-r-5", str(tmp_path))
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "bert", "num_hidden_layers": 6})

@@ -147,7 +147,7 @@ def test_caches_have_the_bytes_of_one_process(
         ("preprocess", [*xlsr, "-f", tmp_path / "two"]),
     )
     expected = files(tmp_path / "one")
-    assert len(expected["train/mel/failed.txt"].splitlines()) == 3 and len(expected) == 17
+    assert len(expected["train/mel/failed.txt"].splitlines()) == 3 and len(expected) == 21
     assert files(tmp_path / "two") == expected
     assert (
         outcome.out[0].startswith(
