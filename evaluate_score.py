@@ -13,6 +13,11 @@ Writes nothing but the files asked for. docs/evaluation.md: every option, every 
 
 from __future__ import annotations
 
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.end_quietly_if_stopped()  # the imports below take seconds
+
 import argparse
 import json
 import shlex
@@ -39,7 +44,6 @@ from evaluation.results import (
 from evaluation.tables import Table
 from formats import score_files, trial_lists
 from formats.protocols import Trial
-from runtime import cli
 from runtime.cli import InputError
 
 if TYPE_CHECKING:
@@ -72,17 +76,23 @@ def add_input_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--result_folder",
         nargs="+",
+        action="extend",
         metavar="DIR",
         help="folders with score files, or with one sub-folder a model (default: result)",
     )
     group.add_argument(
         "--scores",
         nargs="+",
+        action="extend",
         metavar="FILE",
         help="score files of any name and known form, each a model",
     )
     group.add_argument(
-        "--name", nargs="+", metavar="NAME", help="of each file of --scores (default: its file's)"
+        "--name",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="of each file of --scores (default: its file's)",
     )
     group.add_argument(
         "-d",
@@ -132,6 +142,7 @@ def add_interval_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compare",
         nargs="+",
+        action="extend",
         metavar="MODEL",
         help="paired test of two or more models: folders, score files, or names in the result "
         "folder",

@@ -11,6 +11,11 @@ is more real. Several models share one pass over the audio, each with a folder o
 
 from __future__ import annotations
 
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.end_quietly_if_stopped()  # the imports below take seconds
+
 import argparse
 import hashlib
 import json
@@ -34,7 +39,7 @@ import model
 from dataset import FAKE, REAL, ClipBatch, Trial
 from formats import audio, partial_scores, protocols, score_files, torch_files
 from frontends import DEFAULT_SSL, FrontEnd
-from runtime import cli, devices, ranks
+from runtime import devices, ranks
 from runtime.cli import InputError
 from runtime.files import atomic_write
 from runtime.provenance import run_info
@@ -66,10 +71,18 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the corpus (default: data/Codecfake, data/LA or data/ITW)",
     )
-    add("--path", type=Path, nargs="+", metavar="FILE|FOLDER", help="recordings of -t audio")
+    add(
+        "--path",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE|FOLDER",
+        help="recordings of -t audio",
+    )
     add(
         "--subset",
         nargs="+",
+        action="extend",
         choices=protocols.CODECFAKE_SUBSETS,
         help="only these subsets of -t codecfake",
     )
@@ -77,7 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--model_folder",
         type=Path,
         nargs="+",
-        default=[cli.MODEL_FOLDER],
+        action="extend",
         metavar="DIR",
         help=f"trained or released heads (default: {cli.MODEL_FOLDER})",
     )
@@ -85,11 +98,6 @@ def get_parser() -> argparse.ArgumentParser:
         "--ssl",
         metavar="ID|DIR",
         help="wav2vec 2.0 weights (default: those the head was trained with)",
-    )
-    add(
-        "--skip_missing",
-        action="store_true",
-        help="go on without audio that is absent or unreadable; it is listed beside the scores",
     )
     _add_output_options(parser.add_argument_group("output"))
     compute = cli.add_compute_options(
@@ -106,6 +114,11 @@ def get_parser() -> argparse.ArgumentParser:
 
 def _add_output_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--skip_missing",
+        action="store_true",
+        help="go on without audio that is absent or unreadable; it is listed beside the scores",
+    )
     add(
         "--result_folder",
         type=Path,
@@ -130,6 +143,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.subset and args.task != "codecfake":
         parser.error("--subset names subsets of -t codecfake")
     args.path_to_database = args.path_to_database or cli.CORPUS_FOLDERS.get(args.task)
+    args.model_folder = args.model_folder or [cli.MODEL_FOLDER]
     return args
 
 
@@ -420,8 +434,9 @@ def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> np.n
         path = partial_scores.partial_path(target.folder, subset.name)
         known = partial_scores.read_partial(path, scorer.made_by(number))
         for row, trial in enumerate(subset.trials):
-            if trial.name in known:
-                logits[row, number] = known[trial.name]
+            key = partial_scores.key_of(trial) if known else None
+            if key in known:
+                logits[row, number] = known[key]
     logits[np.isnan(logits).any(axis=(1, 2))] = np.nan
     return logits
 
@@ -471,8 +486,8 @@ def finish_subset(
         logits = scored.logits[:, number]
         if is_blocked:
             rows = np.flatnonzero(~np.isnan(logits).any(axis=1))
-            names = [subset.trials[row].name for row in rows]
-            partial_scores.write_partial(path, scorer.made_by(number), names, logits[rows])
+            keys = [partial_scores.key_of(subset.trials[row]) for row in rows]
+            partial_scores.write_partial(path, scorer.made_by(number), keys, logits[rows])
         else:
             about = describe_scores(args, target.head, scorer.device)
             about["decoders"] = dict(scored.decoders)
@@ -682,14 +697,33 @@ def find_recordings(given: Sequence[Path]) -> list[str]:
 
 
 def _recordings_below(folder: Path) -> list[str]:
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in RECORDINGS]
-    paths = sorted(str(path) for path in files if path.is_file())
+    """Recordings in a folder and below, linked folders too; what is left out is said."""
+    paths: list[str] = []
+    left_out: Counter = Counter()
+    visited: set[str] = set()
+    for place, below, names in os.walk(folder, followlinks=True):
+        below[:] = [name for name in below if name != "__MACOSX"]
+        if os.path.realpath(place) in visited:  # a link to a folder above leads round and round
+            below.clear()
+            continue
+        visited.add(os.path.realpath(place))
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("._"):
+                left_out["._* (a Mac's notes)"] += 1
+            elif suffix in RECORDINGS and os.path.isfile(f"{place}/{name}"):
+                paths.append(os.path.join(place, name))
+            else:
+                left_out[suffix or "no suffix"] += 1
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+        cli.echo(f"note: {folder}: left out {kinds}")
     if not paths:
         raise InputError(
             f"{folder}: expected recordings in this folder ({', '.join(sorted(RECORDINGS))}), "
             "found none"
         )
-    return paths
+    return sorted(paths)
 
 
 def write_recordings(folder: Path, paths: Sequence[str], scores: np.ndarray) -> None:

@@ -14,6 +14,11 @@ Reads the caches of preprocess.py (or the reference's .pt folders) under -f and 
 
 from __future__ import annotations
 
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.end_quietly_if_stopped()  # the imports below take seconds
+
 import argparse
 import json
 import os
@@ -37,7 +42,7 @@ import model
 from dataset import FAKE, REAL, JoinedFeatures
 from formats import torch_files, training_state
 from formats.training_state import Progress, TrainingState
-from runtime import cli, devices, ranks
+from runtime import devices, ranks
 from runtime.cli import InputError
 from runtime.files import atomic_write
 from runtime.provenance import run_info

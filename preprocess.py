@@ -11,6 +11,11 @@ formats/feature_cache.py). Stopped at any moment, the same command goes on where
 
 from __future__ import annotations
 
+from runtime import cli
+
+if __name__ == "__main__":
+    cli.end_quietly_if_stopped()  # the imports below take seconds
+
 import argparse
 import random
 import shutil
@@ -32,7 +37,7 @@ from dataset import Trial
 from formats import audio, downloads, feature_cache, protocols
 from formats.feature_cache import DONE, DTYPES, FAILED, NOT_YET, CacheWriter, FeatureCache
 from frontends import DEFAULT_SSL, FrontEnd
-from runtime import cli, devices, ranks
+from runtime import devices, ranks
 from runtime.cli import InputError
 from runtime.provenance import run_info
 

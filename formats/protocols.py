@@ -216,7 +216,7 @@ def _one_line(text: str) -> str:
 
 
 def find_missing(trials: Sequence[Trial]) -> list[Trial]:
-    """The trials whose audio file is not there.
+    """The trials whose audio file is not there; broken links and empty files are not.
 
     Lists each folder once instead of asking file by file.
     """
@@ -225,10 +225,24 @@ def find_missing(trials: Sequence[Trial]) -> list[Trial]:
     for trial in trials:
         folder, _, file = trial.path.rpartition("/")
         if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+            present[folder] = _files_with_content(folder)
         if file not in present[folder]:
             missing.append(trial)
     return missing
+
+
+def _files_with_content(folder: str) -> set[str]:
+    if not os.path.isdir(folder):
+        return set()
+    with os.scandir(folder) as entries:
+        return {entry.name for entry in entries if _has_content(entry)}
+
+
+def _has_content(entry: os.DirEntry) -> bool:
+    try:
+        return entry.stat().st_size > 0
+    except OSError:  # a link to nothing
+        return False
 
 
 def describe_missing(missing: Sequence[Trial], n_trials: int) -> str:

@@ -96,6 +96,17 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         sys.exit(1)  # another process ended, which broke the connection to it
 
 
+def end_quietly_if_stopped() -> None:
+    """Ctrl-C and SIGTERM while a script is still importing: one line, no traceback."""
+    for number in END_SIGNALS:
+        signal.signal(number, _end_before_start)
+
+
+def _end_before_start(number: int, frame: object) -> None:
+    os.write(2, b"interrupted: nothing was begun\n")
+    os._exit(SIGNAL_EXIT + number)
+
+
 def _secure_streams() -> None:
     """No name that a locale cannot print, and no closed stream, may end a run."""
     for name in ("stdout", "stderr"):

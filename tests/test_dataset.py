@@ -174,6 +174,15 @@ def test_absent_files_are_counted_once_with_the_first_names(tmp_path: Path) -> N
     )
 
 
+def test_broken_links_and_empty_files_are_absent(tmp_path: Path) -> None:
+    root = make_codecfake(tmp_path, n_real=2)
+    (root / "test/C1/s_000.wav").write_bytes(b"")
+    (root / "test/C1/F01_s_001.wav").unlink()
+    (root / "test/C1/F01_s_001.wav").symlink_to("nowhere")
+    missing = protocols.find_missing(read_protocol("codecfake", root, "C1"))
+    assert sorted(trial.name for trial in missing) == ["F01_s_001.wav", "s_000.wav"]
+
+
 # ── Clips ──
 
 

@@ -724,6 +724,7 @@ def test_an_unreadable_file_costs_no_other_score(
 
 
 def test_kept_scores_are_those_of_the_same_weights(tmp_path: Path) -> None:
+    """And of the same file: one that was replaced is scored again."""
     path = partial_scores.partial_path(tmp_path, "C1")
     logits = np.array([[1.0, 2.0], [3.0, 4.0]])
     partial_scores.write_partial(path, "these", ["a.wav", "b.wav"], logits)
@@ -732,6 +733,46 @@ def test_kept_scores_are_those_of_the_same_weights(tmp_path: Path) -> None:
     assert partial_scores.read_partial(path, "others") == {}
     path.write_bytes(path.read_bytes()[:-40])
     assert partial_scores.read_partial(path, "these") == {}
+    sound = write_tone(tmp_path / "a.wav")
+    trial = Trial("a.wav", str(sound), 0, "-")
+    before = partial_scores.key_of(trial)
+    write_tone(sound, seconds=0.7)
+    assert partial_scores.key_of(trial) != before
+
+
+def test_options_given_twice_count_together(head_folder: Path, tmp_path: Path) -> None:
+    parsed = generate_score.parse(
+        ["-t", "codecfake", "--subset", "C1", "--subset", "C2", "--model_folder", "a"]
+        + ["--model_folder", "b"]
+    )
+    assert parsed.subset == ["C1", "C2"] and parsed.model_folder == [Path("a"), Path("b")]
+    assert generate_score.parse(["-t", "ITW"]).model_folder == [Path("models/try")]
+
+
+def test_folders_are_read_with_their_links_and_say_what_they_leave(tmp_path: Path, capsys) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    write_tone(elsewhere / "b.wav")
+    folder = tmp_path / "folder"
+    write_tone(folder / "a.wav")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "round").symlink_to(folder)
+    (folder / "._a.wav").write_bytes(b"mac")
+    write_tone(folder / "__MACOSX" / "c.wav")
+    (folder / "notes.txt").write_text("x")
+    found = generate_score.find_recordings([folder])
+    assert [Path(path).name for path in found] == ["a.wav", "b.wav"]
+    assert "left out 1 ._* (a Mac's notes), 1 .txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0])
+def test_ctrl_c_during_the_imports_is_one_line(delay: float) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "main_train.py", "--help"], cwd=REPO, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(delay)
+    child.send_signal(signal.SIGINT)
+    err = child.communicate()[1]
+    assert "Traceback" not in err
 
 
 def test_other_weights_than_those_trained_on_are_refused(
