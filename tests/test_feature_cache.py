@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 
 import model
 from dataset import FAKE, REAL, JoinedFeatures, ReferenceFeatures, Trial, open_features, read_ahead
@@ -611,3 +612,17 @@ def test_a_damaged_record_of_the_resampler_is_named(folder: Path) -> None:
     (folder / "resampler.json").write_text("{")
     with pytest.raises(InputError, match=r"resampler\.json: damaged"):
         FeatureCache(folder)
+
+
+# ── The page ──
+
+
+def test_the_readers_lines_in_the_docs_read_a_cache(folder: Path, values: np.ndarray) -> None:
+    page = (REPO / "docs" / "formats.md").read_text()
+    lines = page.split("```python\n")[1].split("```")[0]
+    for n in range(10):
+        known = {"np": np, "folder": folder, "n": n}
+        exec(lines, known)
+        assert (known["feature"] == values[n]).all()
+        assert known["names"][n] == TRIALS[n].name
+        assert int(known["labels"][n]) == TRIALS[n].label
