@@ -41,7 +41,7 @@ import main_train
 import model
 import preprocess
 from evaluation.results import evaluate, find_models
-from formats import feature_cache, torch_files, training_state
+from formats import audio, feature_cache, torch_files, training_state
 from runtime.cli import InputError
 from tests.conftest import make_codecfake, make_itw
 from tests.faults import (
@@ -299,8 +299,16 @@ def _refused_then_equal(stage: Stage, out: Path, outcome: Outcome) -> str:
 def _vanishing(bench: Bench) -> list[tuple[str, Path, str]]:
     """(stage, file, function after which the file is gone)."""
     return [
-        ("preprocess", bench.folder / "Codecfake/train/strain_001.wav", "protocols.find_missing"),
-        ("score", bench.folder / "Codecfake/test/C2/F02_s_001.wav", "protocols.find_missing"),
+        (
+            "preprocess",
+            bench.folder / "Codecfake/train/strain_001.wav",
+            "formats.protocols.find_missing",
+        ),
+        (
+            "score",
+            bench.folder / "Codecfake/test/C2/F02_s_001.wav",
+            "formats.protocols.find_missing",
+        ),
         *(
             ("train", bench.folder / "features/train/mel" / name, "main_train.settings_of")
             for name in ("features_00000.npy", "features_00001.npy")
@@ -309,7 +317,7 @@ def _vanishing(bench: Bench) -> list[tuple[str, Path, str]]:
 
 
 def _vanished(stage: Stage, out: Path, gone: Path, moment: str, workers: int) -> str:
-    module, name = moment.split(".")
+    module, _, name = moment.rpartition(".")
     real = getattr(sys.modules[module], name)
 
     def then_remove(*arguments):
@@ -527,7 +535,7 @@ def _evaluated(folder: Path) -> object:
 AUDIO_A_CHILD = 40
 
 
-def audio(bench: Bench) -> Iterator[Case]:
+def recordings(bench: Bench) -> Iterator[Case]:
     """Fuzzed recordings: each loads as a clip of finite samples, or is refused by name, in bounded
     time and memory.
     """
@@ -912,7 +920,7 @@ GROUPS = {
     "damage": damaged,
     "disk": disk,
     "concurrent": concurrent,
-    "audio": audio,
+    "audio": recordings,
     "hostile": hostile,
     "protocol": protocol,
 }
