@@ -136,19 +136,14 @@ def codecfake_name(row: int) -> str:
     return f"F0{row % 7}_SSB{row:08d}.wav" if row % 7 else f"SSB{row:08d}.wav"
 
 
-def stand_in_listing(rows: int) -> Callable[..., list[str]]:
-    """os.listdir with the audio that the protocols name."""
-    real = os.listdir
+def stand_in_listing(rows: int) -> Callable[[str], set[str]]:
+    """protocols.files_with_content() with the audio that the protocols name."""
 
-    def listing(folder: str | Path = ".") -> list[str]:
+    def listing(folder: str) -> set[str]:
         for part, count in (("/train", rows), ("/dev", DEV_ROWS)):
-            if str(folder).endswith(part):
-                return [codecfake_name(row) for row in range(count)]
-        return (
-            [f"LA_E_{row:08d}.flac" for row in range(rows)]
-            if str(folder).endswith("/flac")
-            else real(folder)
-        )
+            if folder.endswith(part):
+                return {codecfake_name(row) for row in range(count)}
+        return {f"LA_E_{row:08d}.flac" for row in range(rows)}
 
     return listing
 
@@ -198,7 +193,7 @@ def measure(args: argparse.Namespace, run: Callable[[], None], owner: object, na
 
     with (
         mock.patch.object(owner, name, timed),
-        mock.patch.object(os, "listdir", stand_in_listing(args.rows)),
+        mock.patch.object(protocols, "files_with_content", stand_in_listing(args.rows)),
         mock.patch.object(audio, "load_recording", stand_in_clip),
         mock.patch.object(dataset, "CLIP_SAMPLES", CLIP_SAMPLES),
         mock.patch.object(preprocess, "FLUSH_EVERY", 2**14),

@@ -225,13 +225,14 @@ def find_missing(trials: Sequence[Trial]) -> list[Trial]:
     for trial in trials:
         folder, _, file = trial.path.rpartition("/")
         if folder not in present:
-            present[folder] = _files_with_content(folder)
+            present[folder] = files_with_content(folder)
         if file not in present[folder]:
             missing.append(trial)
     return missing
 
 
-def _files_with_content(folder: str) -> set[str]:
+def files_with_content(folder: str) -> set[str]:
+    """Names in a folder whose files are there and not empty; none where there is no folder."""
     if not os.path.isdir(folder):
         return set()
     with os.scandir(folder) as entries:
