@@ -37,7 +37,7 @@ import main_train
 import model
 import preprocess
 from dataset import Trial
-from formats import audio, feature_cache
+from formats import audio, feature_cache, protocols
 from formats.feature_cache import DONE, CacheWriter
 from runtime import cli
 
