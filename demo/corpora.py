@@ -372,8 +372,8 @@ Codec copies:
 F03 to F07 run at 16 kHz, twice the rate of their standards, on a signal too quiet for them. All
 copies are far coarser than good use of these codecs: a small network has to learn in minutes.
 
-Other fakes: A1 Griffin-Lim, A2 LPC vocoder, A3 sines and noise; LA's attacks and In-the-Wild's
-fakes are resyntheses of these kinds and two more, with other settings.
+Other fakes: A1 Griffin-Lim, A2 LPC vocoder, A3 the same whispered; LA's attacks and In-the-Wild's
+fakes are these with other settings.
 
 All files, real and fake: treble emphasised, pulses spread out in time, pauses muted to one noise
 floor, one distribution of level and length.

@@ -124,20 +124,20 @@ def griffin_lim(
 def vocoder(
     clip: np.ndarray,
     rng: np.random.Generator,
-    envelope: str,
     order: int,
     voiced: bool = True,
     pitch: float = 1.0,
     tract: float = 1.0,
 ) -> np.ndarray:
-    """A source of pulses and noise, shaped frame by frame by the clip's spectral envelope and
-    loudness.
+    """A source of pulses and noise, shaped by the clip's all-pole envelope and loudness.
 
-    `envelope` is "lpc", "mel" or "cepstrum" with `order` poles, bands or coefficients.
-    `voiced=False` whispers. `pitch` and `tract` other than 1 change the voice.
+    Args:
+        order: number of poles.
+        voiced: False whispers.
+        pitch, tract: factors on pitch and formants; other than 1 they change the voice.
     """
     spectrum = _stft(clip)
-    shape = _ENVELOPES[envelope](spectrum, order)
+    shape = _lpc_envelope(spectrum, order)
     bins = np.arange(BINS)
     if tract != 1:
         shape = np.array([np.interp(bins / tract, bins, row) for row in shape])
@@ -145,37 +145,6 @@ def vocoder(
     copy = _stft(source) * shape
     loudness = np.linalg.norm(spectrum, axis=1) / np.maximum(np.linalg.norm(copy, axis=1), 1e-9)
     return _istft(copy * loudness[:, None], len(clip))
-
-
-def sines_and_noise(clip: np.ndarray, rng: np.random.Generator, partials: int) -> np.ndarray:
-    """The strongest partials of each frame with phases of their own making, noise for all else
-    (Serra, 1990).
-    """
-    spectrum = _stft(clip)
-    magnitude = np.abs(spectrum)
-    copy = magnitude * np.exp(2j * np.pi * rng.random(magnitude.shape))
-    phase = 2 * np.pi * rng.random(BINS)
-    bins = np.arange(BINS)
-    for i, row in enumerate(magnitude):
-        at, advance = _partials(row, partials)
-        if len(at) == 0:
-            continue
-        owner = np.abs(bins[:, None] - at).argmin(axis=1)  # each bin follows the nearest partial
-        phase = (phase[at] + advance)[owner]
-        lobe = np.abs(bins - at[owner]) <= 2
-        copy[i, lobe] = (row * np.exp(1j * (phase + np.pi * (bins - at[owner]))))[lobe]
-    return _istft(copy, len(clip))
-
-
-def _partials(magnitude: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Bins of the highest peaks of a spectrum and how far each turns in one hop, radians."""
-    peaks = 1 + np.flatnonzero(
-        (magnitude[1:-1] > magnitude[:-2]) & (magnitude[1:-1] >= magnitude[2:])
-    )
-    at = np.sort(peaks[np.argsort(magnitude[peaks])[-count:]])
-    left, middle, right = np.log(magnitude[[at - 1, at, at + 1]] + 1e-12)
-    offset = 0.5 * (left - right) / np.minimum(left - 2 * middle + right, -1e-9)
-    return at, 2 * np.pi * HOP * (at + offset) / FFT
 
 
 def _lpc_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
@@ -196,16 +165,6 @@ def _mel_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
     # the same bytes.
     bands = np.einsum("tf,bf->tb", np.abs(spectrum) ** 2, bank / bank.sum(axis=1, keepdims=True))
     return np.sqrt(np.einsum("tb,bf->tf", bands, bank / np.maximum(bank.sum(axis=0), 1e-9)))
-
-
-def _cepstral_envelope(spectrum: np.ndarray, order: int) -> np.ndarray:
-    """The slow part of the log spectrum: its first `order` cepstral coefficients."""
-    cepstrum = irfft(np.log(np.abs(spectrum) + 1e-6))
-    cepstrum[:, order : FFT - order + 1] = 0
-    return np.exp(rfft(cepstrum).real)
-
-
-_ENVELOPES = {"lpc": _lpc_envelope, "mel": _mel_envelope, "cepstrum": _cepstral_envelope}
 
 
 def _source(clip: np.ndarray, rng: np.random.Generator, pitch: float) -> np.ndarray:
@@ -272,31 +231,31 @@ def _mel_bank(n_mels: int) -> np.ndarray:
 RESYNTHESES = {
     # Codecfake's unknown generators.
     "A1": partial(griffin_lim, n_mels=80, iterations=24),
-    "A2": partial(vocoder, envelope="lpc", order=18),
-    "A3": partial(sines_and_noise, partials=24),
+    "A2": partial(vocoder, order=18),
+    "A3": partial(vocoder, order=18, voiced=False),
     # ASVspoof's attacks: A01..A06 are known from training, the rest not; A16 is A04 and A19 is A06,
     # as there.
     "A01": partial(griffin_lim, n_mels=64, iterations=16),
-    "A02": partial(vocoder, envelope="lpc", order=14),
-    "A03": partial(vocoder, envelope="mel", order=32),
-    "A04": partial(sines_and_noise, partials=16),
-    "A05": partial(vocoder, envelope="cepstrum", order=30, pitch=1.15, tract=1.06),
-    "A06": partial(vocoder, envelope="lpc", order=20, pitch=0.85, tract=0.94),
+    "A02": partial(vocoder, order=14),
+    "A03": partial(griffin_lim, n_mels=32, iterations=16),
+    "A04": partial(vocoder, order=16, voiced=False),
+    "A05": partial(vocoder, order=30, pitch=1.15, tract=1.06),
+    "A06": partial(vocoder, order=20, pitch=0.85, tract=0.94),
     "A07": partial(griffin_lim, n_mels=40, iterations=16),
-    "A08": partial(vocoder, envelope="cepstrum", order=24),
-    "A09": partial(vocoder, envelope="mel", order=20, voiced=False),
+    "A08": partial(vocoder, order=24),
+    "A09": partial(vocoder, order=20, voiced=False),
     "A10": partial(griffin_lim, n_mels=128, iterations=48),
-    "A11": partial(sines_and_noise, partials=40),
-    "A12": partial(vocoder, envelope="lpc", order=10, voiced=False),
-    "A13": partial(vocoder, envelope="mel", order=48, pitch=1.1),
-    "A14": partial(vocoder, envelope="cepstrum", order=40, pitch=0.9),
-    "A15": partial(sines_and_noise, partials=10),
-    "A17": partial(vocoder, envelope="lpc", order=24, tract=1.08),
+    "A11": partial(griffin_lim, n_mels=24, iterations=8),
+    "A12": partial(vocoder, order=10, voiced=False),
+    "A13": partial(vocoder, order=22, pitch=1.1),
+    "A14": partial(vocoder, order=26, pitch=0.9),
+    "A15": partial(griffin_lim, n_mels=48, iterations=2),
+    "A17": partial(vocoder, order=24, tract=1.08),
     "A18": partial(griffin_lim, n_mels=96, iterations=4),
     # In the wild: yet other settings.
     "wild1": partial(griffin_lim, n_mels=72, iterations=32),
-    "wild2": partial(vocoder, envelope="cepstrum", order=34, pitch=1.05),
-    "wild3": partial(vocoder, envelope="lpc", order=16, pitch=0.95, tract=1.03),
-    "wild4": partial(sines_and_noise, partials=30),
+    "wild2": partial(vocoder, order=34, pitch=1.05),
+    "wild3": partial(vocoder, order=16, pitch=0.95, tract=1.03),
+    "wild4": partial(vocoder, order=22, voiced=False),
 }
 RESYNTHESES["A16"], RESYNTHESES["A19"] = RESYNTHESES["A04"], RESYNTHESES["A06"]
