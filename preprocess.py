@@ -527,8 +527,9 @@ def check_space(args: argparse.Namespace) -> list[str]:
     for part in PARTS:
         with suppress(InputError):  # said above
             n_rows = len(protocols.read_protocol(args.task, args.path_to_database, part))
-            if not (cache_folder(args, part) / "cache.json").exists():
-                needed += n_rows * row
+            shards = cache_folder(args, part).glob("features_*.npy")
+            allocated = sum(512 * shard.stat().st_blocks for shard in shards)  # they are sparse
+            needed += max(0, n_rows * row - allocated)
     folder = args.features.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -360,7 +360,8 @@ class CacheWriter:
             rates: sampling rates in Hz of the files whose rows are written next.
         """
         if self._resampler is None and any(rate != SAMPLE_RATE for rate in rates):
-            record_resampler(self.folder, RESAMPLER)
+            with suppress(FileNotFoundError):  # another rank wrote the same at the same moment
+                record_resampler(self.folder, RESAMPLER)
             self._resampler = RESAMPLER
 
     def states(self) -> np.ndarray:
@@ -542,7 +543,22 @@ def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
         with files.atomic_write(path, "wb") as file:
             file.write(text)
         mended.append(path.name)
+    if _forget_damaged_resampler(folder):
+        mended.append("resampler.json")
     return mended
+
+
+def _forget_damaged_resampler(folder: Path) -> bool:
+    """Remove a record that cannot be read, so that the clips' sampling rates are looked at."""
+    path = folder / "resampler.json"
+    try:
+        json.loads(path.read_bytes())["resampler"]
+    except FileNotFoundError:
+        return False
+    except (ValueError, KeyError, TypeError):
+        path.unlink()
+        return True
+    return False
 
 
 def _mend_file(path: Path, header: bytes, size: int) -> bool:

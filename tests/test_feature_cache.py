@@ -612,6 +612,10 @@ def test_a_damaged_record_of_the_resampler_is_named(folder: Path) -> None:
     (folder / "resampler.json").write_text("{")
     with pytest.raises(InputError, match=r"resampler\.json: damaged"):
         FeatureCache(folder)
+    assert feature_cache.mend_files(folder, TRIALS) == ["resampler.json"]
+    cache = writer(folder)
+    assert not cache.records_resampler()  # preprocess.py looks at the rates now
+    cache.close()
 
 
 # ── The page ──
@@ -626,3 +630,4 @@ def test_the_readers_lines_in_the_docs_read_a_cache(folder: Path, values: np.nda
         assert (known["feature"] == values[n]).all()
         assert known["names"][n] == TRIALS[n].name
         assert int(known["labels"][n]) == TRIALS[n].label
+        assert known["sources"][n] == TRIALS[n].source
