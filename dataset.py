@@ -313,10 +313,12 @@ class JoinedFeatures:
         part_of = self._part_of(rows)
         if (part_of == part_of[0]).all():
             return self.parts[part_of[0]].read(rows - self._starts[part_of[0]])
-        positions = [np.flatnonzero(part_of == number) for number in np.unique(part_of)]
-        pieces = []
-        for number, where in zip(np.unique(part_of), positions, strict=True):
-            pieces.append(self.parts[number].read(rows[where] - self._starts[number])[0])
+        numbers = np.unique(part_of)
+        positions = [np.flatnonzero(part_of == number) for number in numbers]
+        pieces = [
+            self.parts[number].read(rows[where] - self._starts[number])[0]
+            for number, where in zip(numbers, positions, strict=True)
+        ]
         if len({piece.dtype for piece in pieces}) > 1:
             pieces = [piece.float() for piece in pieces]
         features = torch.empty(len(rows), *self.shape, dtype=pieces[0].dtype)

@@ -99,26 +99,18 @@ def get_parser() -> argparse.ArgumentParser:
         metavar="ID|DIR",
         help="wav2vec 2.0 weights (default: those the head was trained with)",
     )
-    _add_output_options(parser.add_argument_group("output"))
-    compute = cli.add_compute_options(
-        parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)"
-    )
-    compute.add_argument(
-        "--precision",
-        choices=devices.PRECISIONS,
-        default="fp32",
-        help="arithmetic (default: %(default)s)",
-    )
-    return parser
-
-
-def _add_output_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
     add(
         "--skip_missing",
         action="store_true",
         help="go on without audio that is absent or unreadable; it is listed beside the scores",
     )
+    _add_output_options(parser.add_argument_group("output"))
+    devices.add_options(parser, "arithmetic")
+    return parser
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--result_folder",
         type=Path,
@@ -205,6 +197,8 @@ class Scorer:
         self.heads = [head.to(self.device) for head in heads.values()]
         self.front_ends: dict[tuple[str, str | None], FrontEnd] = {}
         self.front_end_of = [self._front_end(name, head, args.ssl) for name, head in heads.items()]
+        # What kept scores are bound to; a digest reads all weights, so each is made once.
+        self.made_by = list(map(self._made_by, self.heads, self.front_end_of))
 
     def _front_end(self, name: str, head: nn.Module, ssl: str | None) -> tuple[str, str | None]:
         """The key of the head's front end, loaded once and held against the head's own record."""
@@ -237,12 +231,11 @@ class Scorer:
             where = f"recorded in {name}" if head.info.get("ssl") else "the default"
             raise InputError(f"{error} (that is {where}; --ssl names another)") from error
 
-    def made_by(self, number: int) -> str:
-        """All that decides the logits of one of the heads."""
-        front_end = self.front_ends[self.front_end_of[number]].fingerprint()
+    def _made_by(self, head: nn.Module, key: tuple[str, str | None]) -> str:
+        """All that decides a head's logits."""
         about = {
-            "weights": torch_files.digest(self.heads[number]),
-            "front_end": front_end,
+            "weights": torch_files.digest(head),
+            "front_end": self.front_ends[key].fingerprint(),
             "precision": self.precision,
             "resampler": audio.RESAMPLER,
         }
@@ -432,7 +425,7 @@ def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> np.n
     logits = np.full((len(subset.trials), len(targets), 2), np.nan)
     for number, target in enumerate(targets):
         path = partial_scores.partial_path(target.folder, subset.name)
-        known = partial_scores.read_partial(path, scorer.made_by(number))
+        known = partial_scores.read_partial(path, scorer.made_by[number])
         for row, trial in enumerate(subset.trials):
             key = partial_scores.key_of(trial) if known else None
             if key in known:
@@ -467,10 +460,10 @@ def finish_subset(
     Returns:
         How many files keep it from being finished.
     """
-    is_blocked = bool(scored.failures) and not args.skip_missing
-    if is_blocked:
+    n_blocking = 0 if args.skip_missing else len(scored.failures)
+    if n_blocking:
         cli.echo(
-            f"{subset.name}: {len(scored.failures)} files cannot be read, first "
+            f"{subset.name}: {n_blocking} files cannot be read, first "
             f"{next(iter(scored.failures.values()))}; the other scores are kept for the next run"
         )
     for note in (
@@ -480,20 +473,20 @@ def finish_subset(
         if note:
             cli.echo(note)
     if not ranks.is_first():
-        return len(scored.failures) if is_blocked else 0
+        return n_blocking
     for number, target in enumerate(targets):
         path = partial_scores.partial_path(target.folder, subset.name)
         logits = scored.logits[:, number]
-        if is_blocked:
+        if n_blocking:
             rows = np.flatnonzero(~np.isnan(logits).any(axis=1))
             keys = [partial_scores.key_of(subset.trials[row]) for row in rows]
-            partial_scores.write_partial(path, scorer.made_by(number), keys, logits[rows])
+            partial_scores.write_partial(path, scorer.made_by[number], keys, logits[rows])
         else:
             about = describe_scores(args, target.head, scorer.device)
             about["decoders"] = dict(scored.decoders)
             write_subset(args, target, subset, logits, scored.failures, about)
             path.unlink(missing_ok=True)
-    return len(scored.failures) if is_blocked else 0
+    return n_blocking
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:

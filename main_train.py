@@ -96,14 +96,11 @@ def get_parser() -> argparse.ArgumentParser:
     _add_optimiser_options(parser.add_argument_group("optimiser: Adam"))
     _add_sharpness_options(parser.add_argument_group("sharpness-aware minimisation"))
     _add_output_options(parser.add_argument_group("output"))
-    compute = cli.add_compute_options(
-        parser, "clips a step, of all processes together (default: %(default)s)", batch_size=128
-    )
-    compute.add_argument(
-        "--precision",
-        choices=devices.PRECISIONS,
-        default="fp32",
-        help="arithmetic of the head (default: %(default)s)",
+    devices.add_options(
+        parser,
+        "arithmetic of the head",
+        "clips a step, of all processes together (default: %(default)s)",
+        batch_size=128,
     )
     return parser
 

@@ -22,7 +22,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,15 +86,7 @@ def get_parser() -> argparse.ArgumentParser:
         "affine8 for xls-r-5, sqrt8 for mel (default: %(default)s)",
     )
     _add_fault_options(parser.add_argument_group("missing and damaged files"))
-    compute = cli.add_compute_options(
-        parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)"
-    )
-    compute.add_argument(
-        "--precision",
-        choices=devices.PRECISIONS,
-        default="fp32",
-        help="arithmetic of the front end (default: %(default)s)",
-    )
+    devices.add_options(parser, "arithmetic of the front end")
     return parser
 
 
@@ -454,6 +445,7 @@ def check_download(args: argparse.Namespace) -> None:
     """
     problems: list[str] = []
     rates: Counter = Counter()
+    n_rows: dict[str, int] = {}
     for name in downloads.PUBLISHED[args.task]:
         try:
             part = downloads.inspect_part(args.task, args.path_to_database, name)
@@ -461,6 +453,7 @@ def check_download(args: argparse.Namespace) -> None:
             cli.echo(f"{name}: {error}")
             problems.append(f"{name} has no protocol that can be read")
             continue
+        n_rows[name] = len(part.trials)
         cli.echo(describe_part(part))
         if part.missing and not part.lacks_only_what_is_not_distributed:
             problems.append(protocols.describe_missing(part.missing, len(part.trials)))
@@ -472,7 +465,7 @@ def check_download(args: argparse.Namespace) -> None:
             problems.append(f"{len(unreadable)} files of {name} cannot be read")
     cli.echo(describe_release(args.task, rates))
     if args.task != "ITW":
-        problems += check_space(args)
+        problems += check_space(args, n_rows)
     if problems:
         raise InputError(
             f"not ready: {'; '.join(problems)}; unpack the archives again (7z x on the last "
@@ -485,7 +478,7 @@ def describe_part(part: downloads.Part) -> str:
     n_real, n_fake = part.counts
     n_present = len(part.trials) - len(part.missing)
     line = f"{part.name}: {n_real} real and {n_fake} fake rows"
-    if part.counts == part.published:
+    if (n_real, n_fake) == part.published:
         line += ", as published"
     else:
         line += f" (published: {part.published[0]} and {part.published[1]})"
@@ -520,16 +513,18 @@ def describe_release(task: str, rates: Counter) -> str:
     return line
 
 
-def check_space(args: argparse.Namespace) -> list[str]:
-    """Say what the features need and what is free; a line where it is too little."""
+def check_space(args: argparse.Namespace, n_rows: dict[str, int]) -> list[str]:
+    """Say what the features need and what is free; a line where it is too little.
+
+    Args:
+        n_rows: of each part whose protocol could be read.
+    """
     needed = 0
     row = feature_cache.row_type(args.dtype, dataset.FEATURE_SHAPES[args.feat]).itemsize
     for part in PARTS:
-        with suppress(InputError):  # said above
-            n_rows = len(protocols.read_protocol(args.task, args.path_to_database, part))
-            shards = cache_folder(args, part).glob("features_*.npy")
-            allocated = sum(512 * shard.stat().st_blocks for shard in shards)  # they are sparse
-            needed += max(0, n_rows * row - allocated)
+        shards = cache_folder(args, part).glob("features_*.npy")
+        allocated = sum(512 * shard.stat().st_blocks for shard in shards)  # they are sparse
+        needed += max(0, n_rows.get(part, 0) * row - allocated)
     folder = args.features.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -90,9 +90,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_folder", type=Path, nargs="+", required=True, metavar="DIR")
     parser.add_argument("--published", type=Path, nargs="+", required=True, metavar="DIR|FILE")
     parser.add_argument("--ssl", metavar="ID|DIR", help="wav2vec 2.0 weights")
-    parser.add_argument("--precision", choices=devices.PRECISIONS, default="fp32")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/reproduced.md"))
-    cli.add_compute_options(parser, "clips at a time (default: 32 on a GPU, 8 on the CPU)")
+    devices.add_options(parser, "arithmetic")
     return parser
 
 

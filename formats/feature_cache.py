@@ -500,17 +500,23 @@ def read_resampler(folder: str | Path) -> str | None:
         FileNotFoundError: a cache made before this was recorded.
         InputError: damaged, or another resampler than this program's: their rows must not mix.
     """
-    path = Path(folder) / "resampler.json"
     try:
-        resampler = json.loads(path.read_bytes())["resampler"]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: damaged; {_REPAIR}") from None
+        resampler = _parse_resampler(folder)
+    except _NO_RECORD:
+        raise InputError(f"{Path(folder) / 'resampler.json'}: damaged; {_REPAIR}") from None
     if resampler not in (None, RESAMPLER):
         raise InputError(
             f"{folder}: holds features of clips converted by {resampler!r}, this program uses "
             f"{RESAMPLER!r}; move the cache away and run preprocess.py again"
         )
     return resampler
+
+
+_NO_RECORD = (ValueError, KeyError, TypeError)  # what _parse_resampler() raises of a damaged file
+
+
+def _parse_resampler(folder: str | Path) -> str | None:
+    return json.loads((Path(folder) / "resampler.json").read_bytes())["resampler"]
 
 
 def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
@@ -550,13 +556,11 @@ def mend_files(folder: str | Path, trials: Sequence[Trial]) -> list[str]:
 
 def _forget_damaged_resampler(folder: Path) -> bool:
     """Remove a record that cannot be read, so that the clips' sampling rates are looked at."""
-    path = folder / "resampler.json"
     try:
-        json.loads(path.read_bytes())["resampler"]
-    except FileNotFoundError:
-        return False
-    except (ValueError, KeyError, TypeError):
-        path.unlink()
+        with suppress(FileNotFoundError):
+            _parse_resampler(folder)
+    except _NO_RECORD:
+        (folder / "resampler.json").unlink()
         return True
     return False
 

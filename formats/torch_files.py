@@ -288,8 +288,7 @@ MOST_MODULES = (
     1_000  # in a pickled head; the released ones have about 100, one that holds itself has no end
 )
 # What a released file may name: its own classes and torch's layers, DataParallel among them. They
-# come
-# back as inert records, never as the class.
+# come back as inert records, never as the class.
 RELEASED_CLASSES = (
     *(
         f"model.{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -14,8 +15,32 @@ from runtime.cli import InputError
 
 PRECISIONS = ("fp32", "tf32", "bf16", "published")
 CLIPS_A_BATCH = {"cuda": 32, "cpu": 8}  # of a front end; more gain little and cost memory
+BATCH_HELP = "clips at a time (default: {cuda} on a GPU, {cpu} on the CPU)".format(**CLIPS_A_BATCH)
 # What torch's two allocators say, and CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+# ── Options ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    arithmetic: str,
+    batch_help: str = BATCH_HELP,
+    batch_size: int | None = None,
+) -> None:
+    """cli.add_compute_options() and --precision.
+
+    Args:
+        arithmetic: what --precision is said to be.
+        batch_size: the default; None: CLIPS_A_BATCH of the device.
+    """
+    cli.add_compute_options(parser, batch_help, batch_size).add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help=f"{arithmetic} (default: %(default)s)",
+    )
 
 
 # ── Devices ──────────────────────────────────────────────────────────────────────────────────────

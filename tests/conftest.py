@@ -119,13 +119,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def save_wav2vec2(folder: Path, hidden_size: int, blocks: int = 6) -> Path:
+def save_wav2vec2(folder: Path, hidden_size: int, blocks: int = 6, **changes: object) -> Path:
     """A small wav2vec 2.0 of XLS-R's kind whose LayerNorms are random, as after training, not at 1
     and 0.
     """
     import transformers
 
-    config = transformers.Wav2Vec2Config(
+    settings = dict(
         hidden_size=hidden_size,
         num_hidden_layers=blocks,
         num_attention_heads=4,
@@ -138,10 +138,11 @@ def save_wav2vec2(folder: Path, hidden_size: int, blocks: int = 6) -> Path:
         num_conv_pos_embedding_groups=4,
         layerdrop=0.5,
     )
+    config = transformers.Wav2Vec2Config(**(settings | changes))
     torch.manual_seed(1)
     network = transformers.Wav2Vec2Model(config)
     for name, parameter in network.named_parameters():
-        if "layer_norm" in name:
+        if "norm" in name:  # an adapter's is not called layer_norm
             torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("weight") else 0.0, std=0.3)
     network.save_pretrained(folder)
     return folder

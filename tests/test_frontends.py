@@ -19,36 +19,6 @@ from runtime.cli import InputError
 CLIPS = torch.randn(2, 64_600, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_wav2vec2(tmp_path_factory.mktemp("ssl"), hidden_size=32)
-
-
-def save_variant(folder: Path, **changes: object) -> Path:
-    """A narrow wav2vec 2.0 with other settings; LayerNorms are random."""
-    import transformers
-
-    settings = {
-        "hidden_size": 32,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "conv_dim": [16] * 7,
-        "feat_extract_norm": "layer",
-        "conv_bias": True,
-        "do_stable_layer_norm": True,
-        "num_conv_pos_embeddings": 16,
-        "num_conv_pos_embedding_groups": 4,
-    }
-    torch.manual_seed(1)
-    network = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**(settings | changes)))
-    for name, parameter in network.named_parameters():
-        if "norm" in name:
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.3)
-    network.save_pretrained(folder)
-    return folder
-
-
 def hidden_state_5(folder: Path, clips: torch.Tensor) -> torch.Tensor:
     """Entry 5 of the whole network's hidden states."""
     import transformers
@@ -74,22 +44,22 @@ def hidden_state_5(folder: Path, clips: torch.Tensor) -> torch.Tensor:
 )
 def test_networks_of_other_kinds_are_computed_as_the_library_does(tmp_path, changes) -> None:
     """Adapters were once left out in silence: features were off by 0.4."""
-    folder = save_variant(tmp_path, **changes)
+    folder = save_wav2vec2(tmp_path, hidden_size=32, **changes)
     with torch.inference_mode():
         features = load_frontend("xls-r-5", str(folder))(CLIPS)
     torch.testing.assert_close(features, hidden_state_5(folder, CLIPS), atol=1e-4, rtol=1e-4)
 
 
 def test_other_strides_are_refused(tmp_path: Path) -> None:
-    folder = save_variant(tmp_path, conv_stride=[5, 2, 2, 2, 2, 2, 1])
+    folder = save_wav2vec2(tmp_path, hidden_size=32, conv_stride=[5, 2, 2, 2, 2, 2, 1])
     with pytest.raises(InputError, match="expected 201 frames a clip, .* give 40"):
         load_frontend("xls-r-5", str(folder))
 
 
-def test_weights_that_are_not_finite_are_named(narrow: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_named(ssl_narrow: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = shutil.copytree(narrow, tmp_path / "ssl")
+    folder = shutil.copytree(ssl_narrow, tmp_path / "ssl")
     weights = load_file(folder / "model.safetensors")
     weights["encoder.layers.2.final_layer_norm.bias"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -97,9 +67,9 @@ def test_weights_that_are_not_finite_are_named(narrow: Path, tmp_path: Path) -> 
         load_frontend("xls-r-5", str(folder))
 
 
-def test_the_folder_is_recorded_absolute(narrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(narrow.parent)
-    assert load_frontend("xls-r-5", narrow.name).ssl == str(narrow)
+def test_the_folder_is_recorded_absolute(ssl_narrow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ssl_narrow.parent)
+    assert load_frontend("xls-r-5", ssl_narrow.name).ssl == str(ssl_narrow)
 
 
 @pytest.mark.parametrize("ssl", ["./nowhere", "/nowhere/at/all", "a/b/c", "weights/", "~/nowhere"])
@@ -111,14 +81,14 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(ssl: str, monkeypatch) -
         load_frontend("xls-r-5", ssl)
 
 
-def test_what_is_no_checkpoint_is_named(narrow: Path, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_named(ssl_narrow: Path, tmp_path: Path) -> None:
     fairseq = tmp_path / "xlsr2_300m.pt"
     fairseq.write_bytes(b"PK")
     with pytest.raises(InputError, match="got a file .*fairseq"):
         load_frontend("xls-r-5", str(fairseq))
 
     cached = tmp_path / "models--facebook--wav2vec2"
-    revision = shutil.copytree(narrow, cached / "snapshots" / "abc")
+    revision = shutil.copytree(ssl_narrow, cached / "snapshots" / "abc")
     with pytest.raises(InputError, match=f"the hub's cache: give {revision}"):
         load_frontend("xls-r-5", str(cached))
 
