@@ -522,8 +522,7 @@ def _head_for(path: Path, weights: dict[str, Tensor]) -> LCNN | W2VAASIST:
             )
         raise InputError(
             f"{path}: the weights are not those of LCNN or W2VAASIST ({len(wrong)} names or shapes "
-            f"differ, "
-            f"first: {wrong[0][0]} {wrong[0][1]})"
+            f"differ, first: {wrong[0][0]} {wrong[0][1]})"
         )
     if bad := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
         raise InputError(f"{path}: damaged, {bad[0]} holds values that are not finite")

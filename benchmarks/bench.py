@@ -246,9 +246,9 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
     for precision, target in (("fp32", "3.5"), ("bf16", "10")):
         if precision == "bf16" and not devices.has_bf16(s.device):
             notes.append(
-                "bf16: this device has no bfloat16 arithmetic "
-                f"(a matrix product reaches {ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 "
-                f"{ceilings['fp32'] / 1e9:.0f}), so nothing is timed in it."
+                "bf16: this device has no bfloat16 arithmetic (a matrix product reaches "
+                f"{ceilings['bf16'] / 1e9:.1f} GFLOP/s, in float32 {ceilings['fp32'] / 1e9:.0f}), "
+                "so nothing is timed in it."
             )
             continue
         ours, features, parts = in_its_own_process(_extract_here, s, precision)
@@ -270,7 +270,7 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
             f"{(flops + 19 * FLOPS['block']) / 1e9:.0f}, so equally fast arithmetic alone gives "
             f"{(flops + 19 * FLOPS['block']) / flops:.1f}; "
             f"{100 * flops * s.clips / ours / ceilings[precision]:.0f} % of the matrix products' "
-            f"ceiling. Time goes to "
+            "ceiling. Time goes to "
             + ", ".join(
                 f"{name} {1000 * seconds / s.clips:.1f} ms" for name, seconds in parts.items()
             )
@@ -405,8 +405,8 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
     total = sum(path.stat().st_size for path in shards)
     note = (
         f"cold reads: {s.rows / seconds['reference']:,.0f} -> {s.rows / seconds['ours']:,.0f} "
-        f"rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, "
-        f"reading the same files from end to end {total / seconds['in sequence'] / 1e9:.2f} GB/s."
+        f"rows/s; {total / seconds['ours'] / 1e9:.2f} GB/s, reading the same files from end to end "
+        f"{total / seconds['in sequence'] / 1e9:.2f} GB/s."
     )
     return [
         Row(
@@ -611,7 +611,7 @@ def shared_clips(s: Setting, ceilings: dict[str, float]) -> Found:
         )
     ], [
         f"C1..C6: {seconds[1] / seconds[0]:.2f} of the time of scoring each subset by itself (7/12 "
-        f"of the clips)."
+        "of the clips)."
     ]
 
 
@@ -644,7 +644,7 @@ def evaluation(s: Setting, ceilings: dict[str, float]) -> Found:
     return [
         Row(
             f"evaluating twelve score files, {trials:,} trials (reference: numpy.genfromtxt reads "
-            f"them)",
+            "them)",
             "2",
             genfromtxt,
             ours,
@@ -688,9 +688,9 @@ def report(
         "# Measured",
         "",
         f"`python -m benchmarks.bench` on {device}, {os.cpu_count()} cores; torch "
-        f"{torch.__version__}, Python "
-        f"{platform.python_version()}. Medians of {s.repeats}, {s.clips} clips of 5 s ({s.few} of "
-        f"them the reference's way), batches of {s.batch} in training.",
+        f"{torch.__version__}, Python {platform.python_version()}. Medians of {s.repeats}, "
+        f"{s.clips} clips of 5 s ({s.few} of them the reference's way), batches of {s.batch} in "
+        "training.",
         f"Ceilings in the same run: a matrix product in float32 {ceilings['fp32'] / 1e9:,.0f} "
         f"GFLOP/s, in bfloat16 {ceilings['bf16'] / 1e9:,.0f} GFLOP/s.",
         "",

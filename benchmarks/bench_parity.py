@@ -226,8 +226,7 @@ def rows_of(head: str, subset: str, trials: list[Trial], llrs: np.ndarray) -> li
         )
         rows.append(
             f"| {head} | {subset} | {kind} | {eer:.3f} | {eer - 100 * exact.point.eer:+.3f} | "
-            f"{low:.3f} .. {high:.3f} "
-            f"| {'yes' if low <= eer <= high else 'NO'} | {moved:.4f} |"
+            f"{low:.3f} .. {high:.3f} | {'yes' if low <= eer <= high else 'NO'} | {moved:.4f} |"
         )
     return rows
 

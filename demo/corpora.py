@@ -175,8 +175,7 @@ def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
     if len(speakers) < len(SPEAKERS):
         raise cli.InputError(
             f"{folder}: found {len(speakers)} speakers with recordings that can be used, expected "
-            f"at least "
-            f"{len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each "
+            f"at least {len(SPEAKERS)}: one sub-folder each, or without sub-folders one file each "
             f"({', '.join(sorted(SUFFIXES))})"
         )
     pools: dict[str, list[Clip]] = {group: [] for group in SPEAKERS}
@@ -189,7 +188,7 @@ def _recorded(folder: Path, seed: int, scale: float) -> tuple[Parts, str]:
         if len(pool) < wanted[group]:
             print(
                 f"{folder}: {len(pool)} clips for {group} where {wanted[group]} would be used: "
-                f"that part is smaller"
+                "that part is smaller"
             )
     return _deal(pools, scale), f"recordings: {len(speakers)} speakers of {folder.name}"
 
@@ -224,7 +223,7 @@ def _deal(pools: dict[str, list[Clip]], scale: float) -> Parts:
                 if len(clips) < 2:
                     raise cli.InputError(
                         f"too few clips to test on: {len(pool)} for the {group} sets; give more or "
-                        f"longer recordings"
+                        "longer recordings"
                     )
                 dealt[name] = clips[:real], clips[:faked]
                 start += len(clips)
@@ -521,13 +520,13 @@ def _is_there(out: Path, settings: dict) -> bool:
     except (OSError, ValueError):
         raise cli.InputError(
             f"{out}: is not empty and was not made by `python -m demo`; choose another folder with "
-            f"-o"
+            "-o"
         ) from None
     if found != settings:
         changed = ", ".join(key for key in settings if found.get(key) != settings[key])
         raise cli.InputError(
             f"{out}: was made with another {changed}; remove it (make clean-demo), or choose "
-            f"another folder with -o"
+            "another folder with -o"
         )
     return True
 

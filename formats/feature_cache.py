@@ -277,7 +277,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"{path}: damaged, or not a feature cache of this program; {_REPAIR}, or move the "
-            f"folder away"
+            "folder away"
         ) from None
     return meta
 
@@ -382,8 +382,8 @@ class CacheWriter:
             if not finite:
                 raise InputError(
                     f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, "
-                    f"which "
-                    f"{self.layout.dtype} cannot hold; give --dtype float32, or check the file"
+                    f"which {self.layout.dtype} cannot hold; give --dtype float32, or check the "
+                    "file"
                 )
             descriptor, offset = self.layout.locate(row, os.O_RDWR)
             _write_all(
@@ -470,8 +470,7 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     if needed > free:
         raise InputError(
             f"{folder}: the cache needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free "
-            f"some "
-            "space or choose another disk with -f"
+            "some space or choose another disk with -f"
         )
     with files.atomic_write(folder / "trials.tsv", "wb") as file:
         file.write(trials_text)
@@ -645,8 +644,7 @@ class FeatureCache:
             if count := int((self.states == state).sum()):
                 raise InputError(
                     f"{self.folder}: {count} of {len(self.states)} rows are {what}; run "
-                    f"preprocess.py{remedy} "
-                    "with the same options to finish it"
+                    f"preprocess.py{remedy} with the same options to finish it"
                 )
 
     def check_protocol(self, trials: Sequence[Trial]) -> None:
@@ -654,9 +652,8 @@ class FeatureCache:
         if hashlib.sha256(_trials_text(trials)).hexdigest() != self.meta["protocol_sha256"]:
             raise InputError(
                 f"{self.folder}: made from another protocol ({len(self.states)} rows) than the one "
-                f"given "
-                f"with -d ({len(trials)} rows); run preprocess.py on that corpus, into another "
-                f"folder"
+                f"given with -d ({len(trials)} rows); run preprocess.py on that corpus, into "
+                "another folder"
             )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:

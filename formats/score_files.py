@@ -126,8 +126,8 @@ def format_scores(
     """
     if not len(names) == len(scores) == len(words):
         raise InputError(
-            f"{path}: expected as many names as scores and words, "
-            f"got {len(names)}, {len(scores)} and {len(words)}"
+            f"{path}: expected as many names as scores and words, got {len(names)}, {len(scores)} "
+            f"and {len(words)}"
         )
     check_names(path, names)
     lines = []
@@ -232,8 +232,8 @@ def read_provenance(folder: str | Path, what: str) -> dict[str, str]:
     except (ValueError, AttributeError, RecursionError):
         pass
     raise InputError(
-        f"{path}: damaged, or not written by generate_score.py; "
-        "remove it to take the score files beside it as they are"
+        f"{path}: damaged, or not written by generate_score.py; remove it to take the score files "
+        "beside it as they are"
     )
 
 

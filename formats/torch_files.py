@@ -142,7 +142,7 @@ def _check_size(path: str | Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise InputError(
             f"{path}: expected a file written by torch.save, found something that is not a regular "
-            f"file"
+            "file"
         )
     if status.st_size > LARGEST_FILE:
         raise InputError(
@@ -160,7 +160,7 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
     if not zipfile.is_zipfile(path):
         raise InputError(
             f"{path}: not a file written by torch.save (1.6 or newer), or cut short; fetch or make "
-            f"it again"
+            "it again"
         )
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -170,13 +170,13 @@ def _read_archive(path: str | Path) -> dict[str, bytes]:
         ):
             raise InputError(
                 f"{path}: refused, its contents would swell when unpacked; torch.save writes no "
-                f"such files"
+                "such files"
             )
         names = [member.filename.partition("/")[2] for member in members]
         if len({name.lower() for name in names}) < len(names):  # torch's reader ignores case
             raise InputError(
                 f"{path}: refused, it holds two members of one name; torch.save writes no such "
-                f"files"
+                "files"
             )
         try:
             return {name: archive.read(member) for name, member in zip(names, members, strict=True)}

@@ -484,10 +484,9 @@ def test_evaluating_never_imports_torch(tmp_path):
     )
     (tmp_path / "result" / "ITW_result.txt").write_text(scores)
     script = (
-        "import sys, evaluate_score;"
-        "evaluate_score.main(['--result_folder', 'result', '-t', 'ITW', '-d', 'ITW', '--report',"
-        " 'page', '--metrics', '--resamples', '50']);"
-        "assert 'torch' not in sys.modules"
+        "import sys, evaluate_score;evaluate_score.main(['--result_folder', 'result', '-t', 'ITW', "
+        "'-d', 'ITW', '--report', 'page', '--metrics', '--resamples', '50']);assert 'torch' not in "
+        "sys.modules"
     )
     subprocess.run(
         [sys.executable, "-c", script],

@@ -514,7 +514,7 @@ def _evaluated(folder: Path) -> object:
     if set(found.files) != {"C1", "C2", "C7"}:
         raise InputError(
             f"{folder}: a dash in the table for each of C1_result.txt, C2_result.txt, "
-            f"C7_result.txt that is absent"
+            "C7_result.txt that is absent"
         )
     results = list(evaluate(found, 0).results.values())
     if changed := [str(result.file) for result in results if result.changed]:
