@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import multiprocessing.queues
 import os
 import re
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +31,7 @@ from formats.decoders import FFMPEG
 from formats.feature_cache import FeatureCache
 from formats.protocols import FAKE, REAL, Trial, read_protocol
 from frontends import FEATURE_SHAPES
-from runtime import cli
+from runtime import cli, limits
 from runtime.cli import InputError
 
 __all__ = [
@@ -48,6 +51,9 @@ TRAIN_TASKS = {  # what -t trains on -> its corpora, in the order of their rows
     "co-train": ("codecfake", "19LA"),
 }
 CO_TRAIN_FOLDERS = {"codecfake": "Codecfake", "19LA": "LA"}  # below -d
+CLIP_BYTES = 4 * CLIP_SAMPLES
+PREFETCHED = 2  # batches that a worker makes ahead
+FAULT_LENGTH = 256  # bytes
 
 
 # ── Clips ────────────────────────────────────────────────────────────────────────────────────────
@@ -70,45 +76,72 @@ def clip_batches(
 ) -> Iterator[ClipBatch]:
     """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one).
 
+    Where /dev/shm is too small for the clips that wait, they come through pipes, which copies them
+    twice more.
+
     Raises:
-        InputError: a worker died; the message names the file it was reading.
+        InputError: a worker died or failed; the message names the file it was reading, or what it
+            lacked.
     """
-    clips = _Clips(paths, num_workers)
-    loader = torch.utils.data.DataLoader(
-        clips,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        worker_init_fn=_ignore_signals,
-        persistent_workers=False,
-    )
+    num_workers = limits.allowed_workers(num_workers)
+    largest = max((len(rows) for rows in batches), default=0)
+    waiting = CLIP_BYTES * largest * num_workers * (PREFETCHED + 1)
+    by_pipe = num_workers > 0 and waiting > limits.free_shared_memory()
+    if by_pipe:
+        cli.echo(
+            f"note: {limits.SHARED_MEMORY} is too small for the {waiting / 1e6:.0f} MB of clips "
+            "that wait: they come through pipes, which is slower (docker run --shm-size=1g)"
+        )
+    clips = _Clips(paths, num_workers, by_pipe)
     try:
-        loading = iter(loader)
+        loading = _start_loading(clips, batches, num_workers)
         if num_workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises wherever the program stands; without it, a death is noticed
             # here.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for batch in loading:
             cli.stop_if_asked()
+            if by_pipe:
+                batch = replace(batch, clips=torch.from_numpy(batch.clips))
             yield batch
     except (RuntimeError, OSError, EOFError) as error:  # torch's word for a death, or a broken pipe
-        files = clips.files_of_dead_workers() if num_workers else []
-        if not files:
+        if not num_workers:
             raise
-        raise InputError(
-            f"a decoding process died while it was reading {' or '.join(files)}; take that file "
-            "out, or lower --num_workers if memory ran out"
-        ) from error
+        reason = clips.reason_of_failure(error)
+        if not reason:
+            raise
+        raise InputError(reason) from error
+
+
+def _start_loading(
+    clips: _Clips, batches: Sequence[Sequence[int]], num_workers: int
+) -> Iterator[ClipBatch]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # more workers than cores are the user's choice
+        loader = torch.utils.data.DataLoader(
+            clips,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            worker_init_fn=clips.prepare_worker,
+            persistent_workers=False,
+            prefetch_factor=PREFETCHED if num_workers else None,
+            multiprocessing_context="fork" if num_workers else None,
+        )
+        return iter(loader)
 
 
 class _Clips(torch.utils.data.Dataset):
     """Decodes batches of rows inside the workers of a DataLoader."""
 
-    def __init__(self, paths: Sequence[str], num_workers: int):
+    def __init__(self, paths: Sequence[str], num_workers: int, by_pipe: bool = False):
         self.paths = paths
-        # (process id, row) of the file that each worker is reading, in shared memory: what a worker
-        # that dies leaves behind.
-        self.reading = torch.full((max(num_workers, 1), 2), -1).share_memory_()
+        self.by_pipe = by_pipe
+        # What a worker that dies leaves behind, in memory that it shares with its parent:
+        # (process id, row) of the file that each worker is reading, and what it failed of.
+        self.reading = _shared((max(num_workers, 1), 2), np.int64)
+        self.reading[:] = -1
+        self._fault = _shared((FAULT_LENGTH,), np.uint8)
 
     def __getitems__(self, rows: list[int]) -> ClipBatch:
         worker = torch.utils.data.get_worker_info()
@@ -130,9 +163,38 @@ class _Clips(torch.utils.data.Dataset):
             batch.digests.append(digest)
             clips.append(recording.clip)
         reading[1] = -1
-        if not clips:
-            return batch
-        return replace(batch, clips=torch.stack(clips))
+        if clips:
+            batch = replace(batch, clips=torch.stack(clips))
+        return replace(batch, clips=batch.clips.numpy()) if self.by_pipe else batch
+
+    def prepare_worker(self, worker: int) -> None:
+        _ignore_signals()
+        # A batch that cannot be handed over would be reported and lost, and waited for without end.
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(self._end_worker)
+
+    def _end_worker(self, error: BaseException, batch: object) -> None:
+        reason = f"{type(error).__name__}: {error}".encode()[:FAULT_LENGTH]
+        self._fault[: len(reason)] = np.frombuffer(reason, np.uint8)
+        os._exit(1)
+
+    def reason_of_failure(self, error: BaseException) -> str | None:
+        """One line: why the workers failed, as far as they left word; None: a defect of ours."""
+        fault = self._fault.tobytes().rstrip(b"\0").decode(errors="replace")
+        advice = limits.advice_on(fault or str(error))
+        if advice:
+            return f"the decoding processes failed: {advice}"
+        if fault:
+            return (
+                f"a decoding process failed ({fault}); give --num_workers 0, or a smaller "
+                "--batch_size"
+            )
+        files = self.files_of_dead_workers()
+        if not files:
+            return None
+        return (
+            f"a decoding process died while it was reading {' or '.join(files)}; take that file "
+            "out, or lower --num_workers if memory ran out"
+        )
 
     def files_of_dead_workers(self) -> list[str]:
         """What workers that have ended were reading."""
@@ -157,7 +219,13 @@ def _unchanged(batch: ClipBatch) -> ClipBatch:
     return batch
 
 
-def _ignore_signals(worker: int) -> None:
+def _shared(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An array of zeros that forked processes write to as well; it takes no room in /dev/shm."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+
+
+def _ignore_signals() -> None:
     """Ctrl-C reaches the whole process group; only the main process answers it, in one line."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
