@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import argparse
 import random
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +42,9 @@ from runtime.provenance import run_info
 
 PARTS = ("train", "dev")
 CHECK_SAMPLE = 200  # files of a part that --check reads
-FLUSH_EVERY = 256  # rows; at most so many are computed again after a kill
+FLUSH_EVERY = 256  # rows; after a kill, at most twice as many are computed again
+WRITING_THREADS = 2  # a checksum takes longer than writing to the page cache
+WRITES_IN_FLIGHT = 3  # batches
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────
@@ -313,7 +315,7 @@ def run_plan(
     size: int,
     device: torch.device,
 ) -> Outcome:
-    """Decode, compute and write this rank's batches; a thread writes while the next is computed."""
+    """Decode, compute and write this rank's batches; threads write while the next is computed."""
     outcome = Outcome({row: "absent" for row in plan.absent}, Counter(), Counter())
     n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
     n_failed_here = 0
@@ -321,9 +323,9 @@ def run_plan(
     hide_bar = not plan.n_todo or not ranks.is_first()
     with (
         tqdm(total=plan.n_todo, unit="clip", desc=part, disable=hide_bar) as bar,
-        ThreadPoolExecutor(1) as disk,
+        ThreadPoolExecutor(WRITING_THREADS) as disk,
     ):
-        writing: Future | None = None
+        writing: deque[Future] = deque()
         for batch in dataset.clip_batches(paths, plan.batches, args.num_workers):
             features = compute(front_end, batch.clips, size, device)
             failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
@@ -336,13 +338,13 @@ def run_plan(
                 raise too_many_failed(n_failed_here, len(paths), args.max_failed, failures)
             positions = [i for i, row in enumerate(batch.rows) if not plan.done[row]]
             rows = [batch.rows[i] for i in positions]
-            if writing:
-                writing.result()
+            if len(writing) == WRITES_IN_FLIGHT:
+                writing.popleft().result()
             writer.note_rates(batch.rates)
-            writing = disk.submit(store, writer, rows, features, positions, list(failures))
+            writing.append(disk.submit(store, writer, rows, features, positions, list(failures)))
             bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
-        if writing:
-            writing.result()
+        while writing:
+            writing.popleft().result()
         writer.mark_failed(sorted(plan.absent))
         writer.flush()
         ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
@@ -393,10 +395,12 @@ def store(
     failed: list[int],
 ) -> None:
     """Write the rows whose features stand at these positions of a batch; mark those that failed."""
-    writer.write(rows, features()[positions])
+    values = features()
+    if len(positions) < len(values):
+        values = values[positions]
+    writer.write(rows, values)
     writer.mark_failed(sorted(failed))
-    if writer.unmarked() >= FLUSH_EVERY:
-        writer.flush()
+    writer.start_flush(FLUSH_EVERY)
 
 
 def finish(writer: CacheWriter, outcome: Outcome) -> None:

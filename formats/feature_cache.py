@@ -37,6 +37,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import compress
 from pathlib import Path
@@ -57,6 +58,7 @@ DTYPES = ("float16", "float32", "affine8", "sqrt8")
 EIGHT_BITS = {"xls-r-5": "affine8", "mel": "sqrt8"}  # feat -> its 8-bit form
 AFFINE_STEPS = 255  # affine8: codes run from 0 to 255
 SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
+HALF_EXPONENT = np.uint16(0x7C00)  # float16: all bits of the exponent set is infinity or NaN
 ROUND_DOWN = np.float32(1 - 2**-23)  # no largest value decodes to infinity
 OWN_FILES = re.compile(
     r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|features_\d{5}\.npy|.+\.part"
@@ -130,8 +132,16 @@ def encode(features: np.ndarray, dtype: str) -> np.ndarray:
         return _encode_affine(features)
     if dtype == "sqrt8":
         return _encode_sqrt(features)
+    if dtype == "float16":
+        return _to_half(features)
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(features, dtype=dtype)
+
+
+def _to_half(features: np.ndarray) -> np.ndarray:
+    """torch's cast: numpy's rounding, eight times as fast."""
+    features = np.require(features, requirements=["C", "W"])  # torch takes no others
+    return torch.from_numpy(features).half().numpy()
 
 
 def _encode_affine(features: np.ndarray) -> np.ndarray:
@@ -180,6 +190,10 @@ def decode(rows: np.ndarray) -> Tensor:
 
 def _finite(rows: np.ndarray) -> np.ndarray:
     """(B,) whether all values of each row are; the scales show it for their codes."""
+    if rows.dtype == np.float16:
+        # numpy's isfinite takes nine times as long. A row at a time stays in the processor's cache.
+        bits = rows.view(np.uint16)
+        return np.array([(row & HALF_EXPONENT).max() < HALF_EXPONENT for row in bits], dtype=bool)
     if rows.dtype.names is None:
         parts = [rows]
     else:
@@ -301,6 +315,8 @@ def _read_index(folder: Path, rows: int) -> np.ndarray:
 class CacheWriter:
     """Creates a cache or goes on with one. Several processes may write rows of the same cache.
 
+    Threads may call write() and start_flush() at the same time, for different rows.
+
     Args:
         folder: `<features>/<part>/<feat>`.
         front_end: all that decides the features' values (`FrontEnd.fingerprint()` and the
@@ -345,9 +361,11 @@ class CacheWriter:
             self._resampler = read_resampler(self.folder)
         self._index = os.open(self.folder / "index.npy", os.O_RDWR)
         self._index_header = len(_npy_header((len(trials), 2), np.uint32))
-        self._unmarked: dict[
-            int, int
-        ] = {}  # row -> CRC-32 of bytes that may not be on the disk yet
+        self._unmarked: dict[int, int] = {}  # row -> CRC-32 of bytes not yet known to be on disk
+        self._changing_unmarked = threading.Lock()
+        self._flusher = ThreadPoolExecutor(1)
+        self._last_flush: Future | None = None
+        self._starting_flush = threading.Lock()
 
     def records_resampler(self) -> bool:
         """Whether the cache says what converted its clips; the first caches did not."""
@@ -389,20 +407,49 @@ class CacheWriter:
             _write_all(
                 descriptor, data, offset, self.layout.shard_path(row // self.layout.rows_per_shard)
             )
-            self._unmarked[row] = zlib.crc32(data)
+            crc = zlib.crc32(data)
+            with self._changing_unmarked:
+                self._unmarked[row] = crc
 
     def unmarked(self) -> int:
-        """Rows written since the last flush."""
+        """Rows written since the last flush began."""
         return len(self._unmarked)
 
     def flush(self) -> None:
         """Bring written rows to the disk, then mark them as done."""
-        for shard in {row // self.layout.rows_per_shard for row in self._unmarked}:
-            os.fdatasync(self.layout._open[shard])
-        rows = np.array(sorted(self._unmarked), dtype=np.int64)
-        crc = np.array([self._unmarked[row] for row in rows], dtype=np.uint32)
+        self.start_flush()
+        if self._last_flush:
+            self._last_flush.result()
+
+    def start_flush(self, least: int = 1) -> None:
+        """Flush in a thread of its own once `least` rows are unmarked; write() goes on meanwhile.
+
+        Waits for the flush before. After one that failed nobody knows what reached the disk: its
+        rows stay unmarked, and every later flush raises its error again.
+
+        Raises:
+            OSError: the flush before failed.
+        """
+        with self._starting_flush:
+            if self.unmarked() < least:
+                return
+            if self._last_flush:
+                self._last_flush.result()
+            with self._changing_unmarked:
+                written, self._unmarked = self._unmarked, {}
+            self._last_flush = self._flusher.submit(self._flush_rows, written)
+
+    def _flush_rows(self, written: dict[int, int]) -> None:
+        """Bring rows to the disk, then mark them as done.
+
+        Args:
+            written: row -> CRC-32.
+        """
+        for shard in {row // self.layout.rows_per_shard for row in written}:
+            _sync(self.layout._open[shard], self.layout.shard_path(shard))
+        rows = np.array(sorted(written), dtype=np.int64)
+        crc = np.array([written[row] for row in rows], dtype=np.uint32)
         self._mark(rows, np.stack([crc, _guard(rows, crc, DONE)], axis=1))
-        self._unmarked.clear()
 
     def mark_failed(self, rows: Sequence[int]) -> None:
         """These trials have no feature; training leaves them out, a later run tries them again."""
@@ -426,21 +473,34 @@ class CacheWriter:
             )
 
     def close(self) -> None:
-        self.flush()
-        self.layout.close()
-        os.close(self._index)
+        try:
+            self.flush()
+        finally:
+            self._flusher.shutdown()
+            self.layout.close()
+            os.close(self._index)
 
     def _mark(self, rows: np.ndarray, entries: np.ndarray) -> None:
+        if not len(rows):  # a sync that brings nothing to the disk takes milliseconds, too
+            return
         runs = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(rows) != 1) + 1)
         for run in runs:
-            if len(run):
-                _write_all(
-                    self._index,
-                    np.ascontiguousarray(entries[run]),
-                    self._index_header + int(rows[run[0]]) * 8,
-                    self.folder / "index.npy",
-                )
-        os.fdatasync(self._index)
+            _write_all(
+                self._index,
+                np.ascontiguousarray(entries[run]),
+                self._index_header + int(rows[run[0]]) * 8,
+                self.folder / "index.npy",
+            )
+        _sync(self._index, self.folder / "index.npy")
+
+
+def _sync(descriptor: int, path: Path) -> None:
+    """Wait until the file's bytes are on the disk."""
+    try:
+        os.fdatasync(descriptor)
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def _write_all(descriptor: int, array: np.ndarray, offset: int, path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,159 @@ def test_a_disk_that_fills_up_loses_nothing(
     monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
     resumed = writer(tmp_path)
     assert (resumed.states() == DONE).tolist() == [True] * 4 + [False] * 6
+
+
+# ── float16 ──
+
+
+def halves() -> np.ndarray:
+    """(65536,) float16, every bit pattern."""
+    return np.arange(2**16, dtype=np.uint16).view(np.float16)
+
+
+def near_halves() -> np.ndarray:
+    """float32 values around all that float16 rounds: each of its values, the middle between it and
+    its neighbour, and the float32 below and above both; subnormals, ties and overflow among them;
+    a million random patterns.
+    """
+    every = np.sort(halves()[np.isfinite(halves())].astype(np.float32))
+    middles = (every[1:] + every[:-1]) / 2
+    edges = np.concatenate([every, middles, [65519.996, 65520, 65536, 1e38, np.inf]])
+    edges = np.concatenate([edges, -edges]).astype(np.float32)
+    around = [np.nextafter(edges, np.float32(end)) for end in (-np.inf, np.inf)]
+    random = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint32).view(np.float32)
+    values = np.concatenate([edges, *around, random])
+    return values[~np.isnan(values)]
+
+
+def test_float16_is_rounded_as_numpy_rounds() -> None:
+    values = near_halves()
+    with np.errstate(over="ignore"):
+        plain = values.astype(np.float16)
+    found = encode(values.reshape(1, 1, -1), "float16")
+    assert found.dtype == np.float16 and found.flags.c_contiguous
+    assert np.array_equal(found.reshape(-1).view(np.uint16), plain.view(np.uint16))
+
+
+def read_only(values: np.ndarray) -> np.ndarray:
+    values = values.copy()
+    values.flags.writeable = False
+    return values
+
+
+@pytest.mark.filterwarnings("error")  # torch warns of memory that cannot be written
+@pytest.mark.parametrize(
+    "view",
+    [
+        read_only,
+        lambda values: values[::2],
+        lambda values: values[::-1],
+        lambda values: values.transpose(0, 2, 1),
+        lambda values: values[:0],
+    ],
+    ids=["read-only", "every second", "reversed", "transposed", "none"],
+)
+def test_float16_of_arrays_that_torch_does_not_take(values: np.ndarray, view) -> None:
+    found = encode(view(values), "float16")
+    assert found.flags.c_contiguous and np.array_equal(found, view(values).astype(np.float16))
+
+
+def test_finite_rows_are_those_that_numpy_finds() -> None:
+    rows = halves().reshape(-1, 1, 1)
+    plain = np.isfinite(rows).all(axis=(1, 2))
+    assert np.array_equal(feature_cache._finite(rows), plain)
+    mixed = np.where(np.eye(9) == 1, np.float16(np.nan), np.float16(1)).reshape(9, 3, 3)
+    mixed[4, 1, 1] = 1
+    assert feature_cache._finite(mixed).tolist() == [False] * 4 + [True] + [False] * 4
+    assert feature_cache._finite(mixed[:0]).tolist() == []
+
+
+# ── Flushing while writing goes on ──
+
+
+class Disk:
+    """Stands in for os.fdatasync: waits to be let go, then fails if told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: int | None = None):
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.error, self.calls = error, 0
+        monkeypatch.setattr(feature_cache.os, "fdatasync", self.sync)
+
+    def sync(self, descriptor: int) -> None:
+        self.calls += 1
+        self.begun.set()
+        assert self.may_end.wait(60)
+        if self.error:
+            raise OSError(self.error, os.strerror(self.error))
+
+
+def test_rows_are_written_during_a_flush_and_marked_after_it(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, disk = writer(tmp_path), Disk(monkeypatch)
+    cache.write([0, 1], values[:2])
+    cache.start_flush(3)
+    assert not disk.begun.is_set() and cache.unmarked() == 2
+    cache.start_flush(2)
+    assert disk.begun.wait(60)
+    cache.write([2], values[[2]])
+    assert cache.unmarked() == 1
+    assert (cache.states() == NOT_YET).all()
+    disk.may_end.set()
+    cache.close()
+    assert np.flatnonzero(FeatureCache(tmp_path).states == DONE).tolist() == [0, 1, 2]
+
+
+def test_a_flush_that_fails_is_told_and_loses_nothing(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux tells of a failed fdatasync once; another try may succeed without the bytes."""
+    cache = writer(tmp_path)
+    cache.write([0], values[[0]])
+    cache.flush()
+    disk = Disk(monkeypatch, error=28)
+    disk.may_end.set()
+    cache.write([5, 6], values[5:7])
+    cache.start_flush()
+    cache.write([7], values[[7]])
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left") as caught:
+            cache.flush()
+        assert caught.value.filename.endswith("features_00001.npy")
+    disk.error = None
+    with pytest.raises(OSError, match="No space left"):
+        cache.close()
+    resumed = writer(tmp_path)
+    assert np.flatnonzero(resumed.states() == DONE).tolist() == [0]
+    resumed.write(range(1, 10), values[1:])
+    resumed.close()
+    assert np.array_equal(FeatureCache(tmp_path).read(np.arange(10))[0], values)
+
+
+def test_a_flush_of_nothing_leaves_the_disk_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, cache = Disk(monkeypatch), writer(folder)
+    cache.mark_failed([])
+    cache.close()
+    assert disk.calls == 0
+
+
+def test_threads_write_what_one_alone_writes(
+    tmp_path: Path, folder: Path, values: np.ndarray
+) -> None:
+    for number in range(20):
+        cache = writer(tmp_path / str(number))
+
+        def store(row: int, cache: CacheWriter = cache) -> None:
+            cache.write([row], values[[row]])
+            cache.start_flush(2)
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(store, range(10)))
+        cache.close()
+        for path in folder.glob("*.npy"):
+            assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
 
 
 @pytest.mark.parametrize("row", [0, 3, 4, 9])
