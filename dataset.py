@@ -30,8 +30,8 @@ from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
 from formats.decoders import FFMPEG
 from formats.feature_cache import FeatureCache
 from formats.protocols import FAKE, REAL, Trial, read_protocol
-from frontends import FEATURE_SHAPES
-from runtime import cli, limits
+from frontends import FEATURE_SHAPES, FrontEnd
+from runtime import cli, devices, limits
 from runtime.cli import InputError
 
 __all__ = [
@@ -489,8 +489,14 @@ def check_protocols(features: JoinedFeatures, train_task: str, root: Path, part:
     """Raise InputError where the features are not those of the corpora under `root`."""
     tasks = TRAIN_TASKS[train_task]
     for task, store in zip(tasks, features.parts, strict=True):
-        folder = root / CO_TRAIN_FOLDERS[task] if len(tasks) > 1 else root
-        store.check_protocol(read_protocol(task, folder, part))
+        store.check_protocol(read_protocol(task, corpus_folder(root, train_task, task), part))
+
+
+def corpus_folder(root: Path | None, train_task: str, task: str) -> Path:
+    """Where a corpus of a training task lies, given -d (None: the default folders)."""
+    if root is None:
+        return cli.CORPUS_FOLDERS[task]
+    return root / CO_TRAIN_FOLDERS[task] if len(TRAIN_TASKS[train_task]) > 1 else root
 
 
 def read_ahead(
@@ -499,12 +505,16 @@ def read_ahead(
     """Features and labels of each batch in order, read by threads while the caller computes.
 
     Threads, not processes: reading and checking release the interpreter, and nothing has to be
-    copied between processes.
+    copied between processes. OnlineFeatures are computed by the caller's thread instead, from clips
+    that processes decode.
 
     Args:
         threads: 0 reads in the caller's own thread.
         pin: hand features on in pinned memory, from which a GPU copies while it computes.
     """
+    if isinstance(features, OnlineFeatures):
+        yield from features.compute_ahead(batches, threads)
+        return
 
     def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         values, labels = features.read(rows)
@@ -528,6 +538,98 @@ def read_ahead(
         finally:
             for task in waiting:
                 task.cancel()
+
+
+# ── Features without a cache ─────────────────────────────────────────────────────────────────────
+
+
+class AudioPart:
+    """The clips of one part of one corpus; their features are computed when they are wanted.
+
+    Args:
+        folder: the corpus's, for messages.
+        front_end, precision: what computes the features, recorded as a cache records it.
+    """
+
+    dtype = "float32"
+
+    def __init__(
+        self, folder: str | Path, trials: Sequence[Trial], front_end: FrontEnd, precision: str
+    ):
+        self.folder = str(folder)
+        self.paths = [trial.path for trial in trials]
+        self.names = [trial.name for trial in trials]
+        self.labels = np.array([trial.label for trial in trials], dtype=np.int64)
+        self.shape = (FEATURE_SHAPES[front_end.feat][0], front_end.dim)
+        self.front_end = front_end.fingerprint() | {"precision": precision}
+        self.about = {"ssl": getattr(front_end, "ssl", None)}
+
+
+class OnlineFeatures(JoinedFeatures):
+    """Features computed from audio in the training loop; nothing is written to the disk.
+
+    Rows, order and values are those of float32 caches of the same corpora.
+
+    Args:
+        network: the front end, on `device`.
+        batch_size: of training; the front end takes no more clips at once.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[AudioPart],
+        network: FrontEnd,
+        device: torch.device,
+        batch_size: int,
+    ):
+        super().__init__(parts)
+        self.paths = [path for part in parts for path in part.paths]
+        self.network, self.device, self.batch_size = network, device, batch_size
+
+    def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Features (B, frames, dim) float32 on the device, labels (B,) on the host."""
+        return next(self.compute_ahead([rows], 0))
+
+    def compute_ahead(
+        self, batches: Sequence[np.ndarray], num_workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What read() gives of each batch, in order.
+
+        Processes decode the clips of the batches to come; the front end runs in the caller's thread
+        alone. It takes equally many clips each time, wherever the batches begin and end, so that a
+        clip's feature does not depend on the clips beside it; see devices.pad_batch().
+
+        Raises:
+            InputError: a file cannot be read, or a worker died; the message names the file.
+        """
+        if not batches:
+            return
+        size = min(devices.CLIPS_A_BATCH[self.device.type], self.batch_size)
+        rows = np.concatenate(batches)
+        pieces = np.split(rows, range(size, len(rows), size))
+        computed = self._compute(pieces, size, num_workers)
+        ready = torch.empty(0, *self.shape, device=self.device)  # of the batches to come
+        for batch in batches:
+            while len(ready) < len(batch):
+                ready = torch.cat([ready, next(computed)])
+            yield ready[: len(batch)], torch.from_numpy(self.labels[batch])
+            ready = ready[len(batch) :]
+
+    def _compute(
+        self, pieces: Sequence[np.ndarray], size: int, num_workers: int
+    ) -> Iterator[Tensor]:
+        """Features (B, frames, dim) of each piece of at most `size` rows."""
+        for batch in clip_batches(self.paths, [piece.tolist() for piece in pieces], num_workers):
+            for why in batch.failures.values():
+                raise InputError(f"{why}; it could be read when the run began")
+            with (
+                devices.memory_advice(self.batch_size),
+                torch.no_grad(),
+                torch.autocast(self.device.type, enabled=False),
+            ):
+                padded = devices.pad_batch(batch.clips, size, self.device)
+                features = self.network(padded)[: len(batch.clips)]
+            yield features
 
 
 # ── The order of training ────────────────────────────────────────────────────────────────────────

@@ -3,8 +3,10 @@
     python main_train.py -t codecfake           # and 19LA, co-train
     python main_train.py -t co-train --CSAM -o models/csam
     python main_train.py -t codecfake -o models/try --continue_training
+    python main_train.py -t codecfake --online  # from audio, without a cache
 
-Reads the caches of preprocess.py (or the reference's .pt folders) under -f and -f1. Writes into -o:
+Reads the caches of preprocess.py (or the reference's .pt folders) under -f and -f1; with --online
+the audio under -d. Writes into -o:
 
     anti-spoofing_feat_model.pt                        the epoch with the lowest dev loss
     checkpoint/anti-spoofing_feat_model_<epoch>.pt     every epoch
@@ -23,6 +25,7 @@ import argparse
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,9 +41,10 @@ from tqdm import tqdm
 
 import dataset
 import eval_metrics
+import frontends
 import model
-from dataset import FAKE, REAL, JoinedFeatures
-from formats import torch_files, training_state
+from dataset import FAKE, REAL, AudioPart, JoinedFeatures, OnlineFeatures, Trial
+from formats import protocols, torch_files, training_state
 from formats.training_state import Progress, TrainingState
 from runtime import devices, ranks
 from runtime.cli import InputError
@@ -49,8 +53,10 @@ from runtime.provenance import run_info
 
 CLASS_WEIGHTS = (10.0, 1.0)  # real, fake: Codecfake has six fakes a real clip
 WEIGHT_DECAY = 5e-4  # Adam's own: L2 in the gradient
+MAX_FAILED = 0.1  # percent of a part's files, as in preprocess.py
 SAVE_EVERY = 600  # seconds; what a kill in the middle of an epoch costs at most
 STATE_FILE = "last_state.pt"
+CLIPS_A_READ = 32  # clips that a process decodes before it hands them on
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────
@@ -86,23 +92,48 @@ def get_parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="hold the features against this corpus's protocols (for co-train: the folder that "
-        "holds Codecfake/ and LA/)",
+        "holds Codecfake/ and LA/); with --online where the audio lies (default: data/Codecfake, "
+        "data/LA)",
     )
     add(
         "--ssl",
         metavar="ID|DIR",
-        help="refuse features that were not made with these wav2vec 2.0 weights",
+        help="refuse features that were not made with these wav2vec 2.0 weights; with --online the "
+        f"weights to compute with (default: {frontends.DEFAULT_SSL})",
     )
+    _add_online_options(parser.add_argument_group("training without a cache"))
     _add_optimiser_options(parser.add_argument_group("optimiser: Adam"))
     _add_sharpness_options(parser.add_argument_group("sharpness-aware minimisation"))
     _add_output_options(parser.add_argument_group("output"))
     devices.add_options(
         parser,
-        "arithmetic of the head",
+        "arithmetic of the head, with --online also of the front end",
         "clips a step, of all processes together (default: %(default)s)",
         batch_size=128,
     )
     return parser
+
+
+def _add_online_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--online",
+        action="store_true",
+        help="compute the features from the audio under -d in every epoch, instead of reading a "
+        "cache; the same rows, order and numbers as from a float32 cache. Every file is read once "
+        "before the first epoch: those that cannot be read are left out",
+    )
+    add(
+        "--skip_missing",
+        action="store_true",
+        help="go on without files that the protocol names but that are absent",
+    )
+    add(
+        "--max_failed",
+        type=cli.percent,
+        metavar="PERCENT",
+        help=f"stop when more of the files cannot be read (default: {MAX_FAILED} %%)",
+    )
 
 
 def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
@@ -209,6 +240,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--CSAM mixes the two corpora of -t co-train, got -t {args.train_task}")
     if args.CSAM and args.batch_size < 2:
         parser.error("--CSAM needs a --batch_size of at least 2, one clip of each corpus")
+    if args.online and (args.path_to_features or args.path_to_features1):
+        parser.error("--online computes the features from audio; leave -f and -f1 out")
+    if not args.online and (args.skip_missing or args.max_failed is not None):
+        parser.error("--skip_missing and --max_failed go with --online")
+    if args.max_failed is None:
+        args.max_failed = MAX_FAILED
     return args
 
 
@@ -220,7 +257,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = device.type == "cuda"
     torch.manual_seed(args.seed)
     head = model.build_head(args.model, args.feat).to(device)
-    train, dev = open_corpora(args)
+    require_usable_folder(args.out_fold, args.continue_training)
+    train, dev = open_audio(args, device) if args.online else open_corpora(args)
     settings = settings_of(args, train, dev)
     if args.init_from:
         settings["init_from"] = load_initial_weights(head, args.init_from)
@@ -248,8 +286,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def describe_data(
     args: argparse.Namespace, train: JoinedFeatures, dev: JoinedFeatures, device: torch.device
 ) -> str:
+    feat = f"{args.feat}, computed as it trains" if args.online else args.feat
     return (
-        f"{args.model} on {args.feat}: {len(train.labels)} clips to train, "
+        f"{args.model} on {feat}: {len(train.labels)} clips to train, "
         f"{len(dev.labels)} to choose on, {device} -> {args.out_fold}"
     )
 
@@ -295,6 +334,100 @@ def open_corpora(args: argparse.Namespace) -> tuple[JoinedFeatures, JoinedFeatur
         for part, features in parts.items():
             dataset.check_protocols(features, args.train_task, args.path_to_database, part)
     return parts["train"], parts["dev"]
+
+
+def open_audio(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[OnlineFeatures, OnlineFeatures]:
+    """The training and development features of the task, to be computed from audio."""
+    tasks = dataset.TRAIN_TASKS[args.train_task]
+    keys = [(part, task) for part in ("train", "dev") for task in tasks]
+    present = {(part, task): present_trials(args, task, part) for part, task in keys}
+    network = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
+    parts: dict[str, list[AudioPart]] = {"train": [], "dev": []}
+    for (part, task), (trials, n_missing) in present.items():
+        folder = corpus_folder(args, task)
+        dataset.check_size(AudioPart(folder, trials, network, args.precision), args.feat)
+        trials = readable_trials(args, f"{task} {part}", trials, n_missing)
+        parts[part].append(AudioPart(folder, trials, network, args.precision))
+    train, dev = (
+        OnlineFeatures(parts[part], network, device, args.batch_size) for part in ("train", "dev")
+    )
+    return train, dev
+
+
+def corpus_folder(args: argparse.Namespace, task: str) -> Path:
+    return dataset.corpus_folder(args.path_to_database, args.train_task, task)
+
+
+def present_trials(args: argparse.Namespace, task: str, part: str) -> tuple[list[Trial], int]:
+    """The trials whose files are there, and how many are not, which --skip_missing has to allow."""
+    trials = dataset.read_protocol(task, corpus_folder(args, task), part)
+    missing = ranks.broadcast(lambda: protocols.find_missing(trials))
+    if not missing:
+        return trials, 0
+    line = protocols.describe_missing(missing, len(trials))
+    if not args.skip_missing or len(missing) == len(trials):
+        raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
+    cli.echo(f"note: {line}; going on without them")
+    missing = set(missing)
+    return [trial for trial in trials if trial not in missing], len(missing)
+
+
+def readable_trials(
+    args: argparse.Namespace, what: str, trials: list[Trial], n_missing: int
+) -> list[Trial]:
+    """The trials whose files can be read: those of which preprocess.py would make a row.
+
+    Decodes every file once, each rank its share.
+
+    Raises:
+        InputError: more files than --max_failed allows cannot be read.
+    """
+    failures, rates = read_every_file(args, what, trials)
+    n_allowed = int((len(trials) + n_missing) * args.max_failed / 100)
+    first = next(iter(failures.values()), "")
+    if len(failures) > n_allowed or len(failures) == len(trials):
+        raise InputError(
+            f"{len(failures)} of {len(trials)} files of {what} cannot be read, more than "
+            f"--max_failed {args.max_failed:g} %; the first: {first}"
+        )
+    if failures:
+        cli.echo(
+            f"note: {len(failures)} files of {what} cannot be read and will not be trained on; the "
+            f"first: {first}"
+        )
+    if note := dataset.describe_rates(rates):
+        cli.echo(note)
+    return [trial for row, trial in enumerate(trials) if row not in failures]
+
+
+def read_every_file(
+    args: argparse.Namespace, what: str, trials: list[Trial]
+) -> tuple[dict[int, str], Counter]:
+    """Row -> what is wrong with its file, of those that cannot be read; files of each rate in Hz.
+
+    Each rank reads its share.
+    """
+    rows = list(range(len(trials)))
+    batches = [rows[first : first + CLIPS_A_READ] for first in rows[::CLIPS_A_READ]]
+    paths = [trial.path for trial in trials]
+    failures: dict[int, str] = {}
+    rates: Counter = Counter()
+    with tqdm(
+        total=len(rows),
+        unit="file",
+        desc=f"reading {what}",
+        leave=False,
+        disable=not ranks.is_first(),
+    ) as bar:
+        for batch in dataset.clip_batches(paths, ranks.shard(batches), args.num_workers):
+            failures |= batch.failures
+            rates.update(batch.rates)
+            bar.update(ranks.size() * (len(batch.rows) + len(batch.failures)))
+    of_all = ranks.gather((failures, rates))
+    failures = {row: why for of_rank, _ in of_all for row, why in of_rank.items()}
+    return dict(sorted(failures.items())), sum((rates for _, rates in of_all), Counter())
 
 
 def settings_of(
@@ -658,6 +791,26 @@ def load_initial_weights(head: nn.Module, path: Path) -> str:
     return torch_files.digest(head)
 
 
+def require_usable_folder(folder: Path, continue_training: bool) -> None:
+    """Raise InputError unless the folder is empty, or holds a run that is to be gone on with."""
+    used = ranks.broadcast(lambda: files_of_a_run(folder) if folder.is_dir() else [])
+    if used and not continue_training:
+        raise InputError(
+            f"{folder}: not empty, and a finished run is never overwritten; choose another -o, or "
+            "go on with the run in it with --continue_training"
+        )
+    if continue_training and not used:
+        raise InputError(
+            f"{folder}: is empty, there is no run to go on with; check -o, or leave "
+            "--continue_training out to begin one"
+        )
+    if continue_training and STATE_FILE not in used:
+        raise InputError(
+            f"{folder}: holds no {STATE_FILE} to go on from, but {', '.join(used[:3])}; choose "
+            "another -o; --init_from begins a new run from given weights"
+        )
+
+
 class Run:
     """A training run: its folder, and where it stands."""
 
@@ -677,26 +830,11 @@ class Run:
         self, continue_training: bool, head: nn.Module, optimiser: torch.optim.Optimizer
     ) -> None:
         """Take up the run that the folder holds, or begin one in an empty folder."""
-        used = ranks.broadcast(lambda: files_of_a_run(self.folder))
-        if used and not continue_training:
-            raise InputError(
-                f"{self.folder}: not empty, and a finished run is never overwritten; choose "
-                "another -o, or go on with the run in it with --continue_training"
-            )
-        if continue_training and not used:
-            raise InputError(
-                f"{self.folder}: is empty, there is no run to go on with; check -o, or leave "
-                "--continue_training out to begin one"
-            )
-        if continue_training and STATE_FILE not in used:
-            raise InputError(
-                f"{self.folder}: holds no {STATE_FILE} to go on from, but {', '.join(used[:3])}; "
-                "choose another -o; --init_from begins a new run from given weights"
-            )
-        if STATE_FILE in used:
+        require_usable_folder(self.folder, continue_training)
+        if continue_training:
             self._take_up(head, optimiser)
         if ranks.is_first():
-            if not used:
+            if not continue_training:
                 self._save_state(head, optimiser)  # a kill in the first epoch can be gone on from
             (self.folder / "checkpoint").mkdir(exist_ok=True)
             self._write_settings()
