@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,9 +34,9 @@ import generate_score
 import main_train
 import model
 import preprocess
-from benchmarks import bench_evaluate, plain
+from benchmarks import bench_evaluate, common, plain
+from benchmarks.common import silence
 from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial, read_ahead
-from formats.feature_cache import CacheWriter, FeatureCache
 from runtime import devices
 
 # Multiply-adds of one clip, counted twice as arithmetic is: convolutions, positions, a block (SPEC
@@ -105,12 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else torch.device("cpu")
     )
     settle(device)
-    scratch = (
-        Path(__file__).parents[1] / "data"
-    )  # beside real features, not on a /tmp that may be memory
-    scratch.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        setting = prepare(Path(folder), device, args.quick)
+    with common.scratch_folder() as folder:
+        setting = prepare(folder, device, args.quick)
         ceilings = measure_ceilings(device)
         rows, notes = [], []
         for stage in (
@@ -148,59 +143,9 @@ def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
         4 if quick else 32,
         [],
     )
-    rng = np.random.default_rng(0)
-    for n in range(clips):
-        path = folder / "audio" / f"clip_{n:04d}.wav"
-        path.parent.mkdir(exist_ok=True)
-        soundfile.write(
-            path, rng.normal(0, 0.1, int(5 * SAMPLE_RATE)), SAMPLE_RATE, subtype="PCM_16"
-        )
-        setting.paths.append(str(path))
-    save_random_xlsr(folder / "ssl", quick)
+    setting.paths += common.write_clips(folder / "audio", clips)
+    common.save_random_xlsr(folder / "ssl", quick)
     return setting
-
-
-def save_random_xlsr(folder: Path, tiny: bool = False) -> None:
-    """A wav2vec 2.0 of XLS-R 300M's configuration whose weights are random; hidden size 1024 either
-    way, which the heads need.
-    """
-    import transformers
-
-    sizes = (
-        {"num_hidden_layers": 6, "intermediate_size": 64, "conv_dim": [16] * 7}
-        if tiny
-        else {"num_hidden_layers": 24, "intermediate_size": 4096, "conv_dim": [512] * 7}
-    )
-    config = transformers.Wav2Vec2Config(
-        hidden_size=1024,
-        num_attention_heads=16,
-        feat_extract_norm="layer",
-        conv_bias=True,
-        do_stable_layer_norm=True,
-        num_conv_pos_embeddings=128,
-        num_conv_pos_embedding_groups=16,
-        **sizes,
-    )
-    torch.manual_seed(0)
-    transformers.logging.disable_progress_bar()
-    transformers.Wav2Vec2Model(config).save_pretrained(folder)
-
-
-def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
-    """Median seconds of each task after one run to warm up; several take turns, so that a machine's
-    moods meet them alike.
-    """
-    seconds: list[list[float]] = [[] for _ in tasks]
-    for task in tasks:
-        task()
-    for _ in range(repeats):
-        for taken, task in zip(seconds, tasks, strict=True):
-            start = time.perf_counter()
-            task()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
-    return [median(taken) for taken in seconds]
 
 
 def in_its_own_process(function: Callable[..., Any], s: Setting, *arguments: Any) -> Any:
@@ -227,9 +172,7 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         size = 8192 if device.type == "cuda" else 2048 if name == "fp32" else 512
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        (seconds,) = in_turns(partial(torch.matmul, a, b), repeats=5)
-        found[name] = 2 * size**3 / seconds
+        found[name] = common.product_rate(size, dtype, device)
     return found
 
 
@@ -281,7 +224,7 @@ def extraction(s: Setting, ceilings: dict[str, float]) -> Found:
 
 def _extract_plainly(s: Setting) -> tuple[float, np.ndarray]:
     front_end = plain.load_frontend(s.ssl, s.device)
-    (seconds,) = in_turns(
+    (seconds,) = common.in_turns(
         lambda: plain.extract(front_end, s.paths[: s.few], s.folder / "pt", s.device),
         repeats=s.repeats,
     )
@@ -296,13 +239,12 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
     trials = [Trial(Path(path).name, path, n % 2, "-") for n, path in enumerate(s.paths)]
 
     def run() -> None:
-        folder = tempfile.mkdtemp(dir=s.folder)
-        writer = preprocess.open_cache(args, Path(folder) / "xls-r-5", trials, front_end)
-        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+        writer = preprocess.open_cache(args, _new_folder(s), trials, front_end)
+        with silence():
             preprocess.extract(args, "train", writer, front_end, set(), device)
         writer.close()
 
-    (seconds,) = in_turns(run, repeats=s.repeats)
+    (seconds,) = common.in_turns(run, repeats=s.repeats)
 
     clips = torch.stack([dataset.load_clip(path) for path in s.paths])
     size = 32 if device.type == "cuda" else 8
@@ -310,10 +252,8 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
     features = np.concatenate(
         [preprocess.compute(front_end, part, size, device)() for part in clips.split(size)]
     )
-    writer = preprocess.open_cache(
-        args, Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5", trials, front_end
-    )
-    decode, copy, compute, write = in_turns(
+    writer = preprocess.open_cache(args, _new_folder(s), trials, front_end)
+    decode, copy, compute, write = common.in_turns(
         lambda: [dataset.load_clip(path) for path in s.paths],
         lambda: [
             (devices.pad_batch(part, size, device), computed.cpu()) for part in clips.split(size)
@@ -335,11 +275,15 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
     )
 
 
+def _new_folder(s: Setting) -> Path:
+    return Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5"
+
+
 def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
     file = next((s.folder / "pt").glob("*.pt"))
     theirs, rows = file.stat().st_size, []
     for dtype, target in (("float16", "2.0"), ("affine8", "3.85")):
-        cache = _make_cache(s, 4, dtype)
+        cache = common.make_cache(_new_folder(s), 4, dtype)
         rows.append(
             Row(
                 f"bytes a clip, {dtype}",
@@ -353,29 +297,13 @@ def size_on_disk(s: Setting, ceilings: dict[str, float]) -> Found:
     return rows, []
 
 
-def _make_cache(s: Setting, rows: int, dtype: str = "float16") -> FeatureCache:
-    folder = Path(tempfile.mkdtemp(dir=s.folder)) / "xls-r-5"
-    writer = CacheWriter(
-        folder,
-        [Trial(f"{n}", "", n % 2, "-") for n in range(rows)],
-        {"feat": "xls-r-5"},
-        (201, 1024),
-        dtype,
-    )
-    features = np.random.default_rng(0).normal(size=(1, 201, 1024)).astype(np.float32)
-    for row in range(rows):
-        writer.write([row], features + np.float32(row / rows))
-    writer.close()
-    return FeatureCache(folder)
-
-
 def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
     """Shuffled batches of 128 from a disk whose page cache is empty: pickled files through a
     DataLoader, and the cache.
     """
     theirs = s.folder / "cold"
     theirs.mkdir()
-    cache = _make_cache(s, s.rows)
+    cache = common.make_cache(_new_folder(s), s.rows)
     for row in range(s.rows):
         features = cache.read(np.array([row]))[0].float()
         torch.save(features, theirs / f"{row:06d}_x_{'fake' if row % 2 else 'real'}.pt")
@@ -395,9 +323,9 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
                 shards,
                 lambda: sum(len(x) for x, _ in read_ahead(cache, order, max(threads, 8))),
             ),
-            ("in sequence", shards, lambda: _read_through(shards)),
+            ("in sequence", shards, lambda: common.read_through(shards)),
         ):
-            _forget(paths)
+            common.forget(paths)
             start = time.perf_counter()
             read()
             taken[name].append(time.perf_counter() - start)
@@ -418,21 +346,6 @@ def cold_reads(s: Setting, ceilings: dict[str, float]) -> Found:
             "float16",
         )
     ], [note]
-
-
-def _forget(paths: Sequence[Path]) -> None:
-    """Have the kernel drop what it holds of these files."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _read_through(paths: Sequence[Path]) -> None:
-    for path in paths:
-        with open(path, "rb", buffering=0) as file:
-            while file.read(2**24):
-                pass
 
 
 def training(s: Setting, ceilings: dict[str, float]) -> Found:
@@ -487,7 +400,7 @@ def _train(s: Setting, name: str, feat: str, how: str) -> tuple[float, list[floa
     for module in head.modules():
         if isinstance(module, nn.Dropout):
             del module.forward
-    (seconds,) = in_turns(step, repeats=s.repeats)
+    (seconds,) = common.in_turns(step, repeats=s.repeats)
     return seconds, losses
 
 
@@ -506,7 +419,8 @@ def _train_from_cache(s: Setting) -> tuple[float, float, int]:
     device = devices.pick_device(s.gpu)
     head = model.build_head("W2VAASIST", "xls-r-5").to(device)
     optimiser = torch.optim.Adam(head.parameters())
-    cache = _make_cache(s, s.rows if device.type == "cuda" else 8 * s.batch)
+    rows = s.rows if device.type == "cuda" else 8 * s.batch
+    cache = common.make_cache(_new_folder(s), rows)
     order = dataset.shuffled_batches([len(cache.labels)], s.batch, 0, 1)
     began, waited = time.perf_counter(), 0.0
     batches = read_ahead(
@@ -543,21 +457,12 @@ def scoring(s: Setting, ceilings: dict[str, float]) -> Found:
     return rows, []
 
 
-def _heads(s: Setting, count: int) -> dict[str, nn.Module]:
-    heads = {}
-    for number in range(count):
-        torch.manual_seed(number)
-        heads[f"head {number}"] = model.build_head("W2VAASIST", "xls-r-5").eval()
-        heads[f"head {number}"].info = {"ssl": s.ssl}
-    return heads
-
-
 def _score_plainly(s: Setting) -> tuple[float, float]:
     front_end, head = (
         plain.load_frontend(s.ssl, s.device),
-        plain.as_published(_heads(s, 1)["head 0"]).to(s.device),
+        plain.as_published(common.make_heads(s.ssl, 1)["head 0"]).to(s.device),
     )
-    (seconds,) = in_turns(
+    (seconds,) = common.in_turns(
         lambda: [plain.score(front_end, head, path, s.device) for path in s.paths[: s.few]],
         repeats=s.repeats,
     )
@@ -568,11 +473,11 @@ def _score_here(
     s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None
 ) -> tuple[float, np.ndarray]:
     args = generate_score.parse(["-t", "ITW", "--gpu", str(s.gpu), "--precision", precision])
-    scorer = generate_score.Scorer(args, _heads(s, heads))
+    scorer = generate_score.Scorer(args, common.make_heads(s.ssl, heads))
     scores: list[np.ndarray] = []
 
     def run() -> None:
-        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+        with silence():
             scores[:] = [
                 generate_score.to_scores(
                     next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))[0][
@@ -582,7 +487,7 @@ def _score_here(
                 )
             ]
 
-    (seconds,) = in_turns(run, repeats=s.repeats)
+    (seconds,) = common.in_turns(run, repeats=s.repeats)
     return seconds, scores[0]
 
 
@@ -624,14 +529,14 @@ def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
             soundfile.write(path, rng.normal(0, 0.1, CLIP_SAMPLES), SAMPLE_RATE, subtype="PCM_16")
         subsets[f"C{subset + 1}"] = [*s.paths[:half], *fakes]
     args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.gpu)])
-    scorer = generate_score.Scorer(args, _heads(s, 1))
+    scorer = generate_score.Scorer(args, common.make_heads(s.ssl, 1))
 
     def run(*together: dict[str, list[str]]) -> None:
-        with open(os.devnull, "w") as nowhere, _printing_to(nowhere):
+        with silence():
             for parts in together:
                 list(scorer.score_files(parts, args.num_workers))
 
-    apart, shared = in_turns(
+    apart, shared = common.in_turns(
         lambda: run(*({name: paths} for name, paths in subsets.items())),
         lambda: run(subsets),
         repeats=min(s.repeats, 2),
@@ -657,24 +562,10 @@ def evaluation(s: Setting, ceilings: dict[str, float]) -> Found:
 # ── The table ────────────────────────────────────────────────────────────────────────────────────
 
 
-class _printing_to:
-    """Send a stage's own lines and progress bars elsewhere."""
-
-    def __init__(self, file: Any):
-        self.file = file
-
-    def __enter__(self) -> None:
-        self.before = sys.stdout, sys.stderr
-        sys.stdout = sys.stderr = self.file
-
-    def __exit__(self, *_: object) -> None:
-        sys.stdout, sys.stderr = self.before
-
-
 def report(
     rows: Sequence[Row], notes: Sequence[str], ceilings: dict[str, float], s: Setting
 ) -> str:
-    device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else _cpu_name()
+    device = torch.cuda.get_device_name(s.device) if s.device.type == "cuda" else common.cpu_name()
     head = [
         "stage",
         "reference's way",
@@ -699,14 +590,6 @@ def report(
     ]
     lines += [f"| {' | '.join(row.cells())} |" for row in rows]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next(
-            (line.partition(":")[2].strip() for line in file if line.startswith("model name")),
-            platform.processor(),
-        )
 
 
 if __name__ == "__main__":
