@@ -1,37 +1,37 @@
 """What the whole job costs, on this machine and as an estimate on GPUs: writes SCALE.md beside this
 script.
 
-    python -m benchmarks.scale [-o FILE] [--front_end CLIPS/S] [--gpu_tflops ...]
+    python -m benchmarks.scale [-o FILE] [--gpu_results results.json] [--front_end CLIPS/S] [...]
 
-Rates of this machine that are not given as options are measured first, in about a minute, on
-made-up clips and the full XLS-R 300M configuration with random weights (its first five blocks, as
-everywhere here).
+Rates of this machine's processor that are not given as options are measured first, in two minutes,
+on made-up clips and XLS-R 300M's first five blocks with random weights. Rates of GPUs are those of
+estimates.py; those of one card are measured ones where --gpu_results names what gpu.py wrote.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import dataset
-import frontends
 import main_train
 import model
 import preprocess
+from benchmarks import common, estimates
 from dataset import Trial
 from formats.feature_cache import DTYPES, CacheWriter, FeatureCache, row_type
-from runtime import cli, files
+from frontends.ssl import LAYER
+from runtime import cli, devices, files
+from runtime.cli import InputError
 
 REFERENCE_BYTES = 824_774  # of one of the reference's .pt files
 PARTS = {
@@ -52,6 +52,14 @@ SUBSETS = {
     "ITW": 31_779,
 }
 BATCH = 8  # clips at a time while measuring
+CLIP_BYTES = 4 * dataset.CLIP_SAMPLES  # float32, to a GPU
+PRECISIONS = ("fp32", "tf32", "bf16")
+DISKS = (1, 3, 7)  # GB/s: a network disk, an NVMe drive, a fast one
+IN_RAM = float("inf")  # a cache that the kernel keeps in memory
+ONE_CONSUMER, ONE_A100, ONE_H100 = "RTX 4090", "A100", "H100"
+
+
+# ── The job ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -67,35 +75,15 @@ class Job:
     read: int = 0  # rows from the cache
 
 
-@dataclass(frozen=True)
-class Machine:
-    """How fast it is done, a second."""
-
-    name: str
-    cores: int
-    decode: float  # files, a core
-    rows: float  # cached rows read and checked, a core
-    front_end: float  # clips, the whole machine; likewise below
-    head: float
-    train: float
-    disk: float  # bytes
-    one_processor: bool  # decoding and networks share the cores, so that their times add up
-
-
 def jobs() -> list[Job]:
     train, dev, la_train, la_dev = PARTS.values()
     scored = sum(SUBSETS.values())
     distinct = scored - 5 * SHARED_REAL
     return [
-        *(
-            Job(f"extraction, {name}", decoded=n, front_end=n, written=n)
-            for name, n in (
-                ("Codecfake train + dev", train + dev),
-                ("19LA train + dev", la_train + la_dev),
-            )
-        ),
+        extraction("Codecfake", train + dev),
+        extraction("19LA", la_train + la_dev),
         Job(
-            f"training on Codecfake, {EPOCHS} epochs",
+            f"training on Codecfake, {EPOCHS} epochs with validation",
             read=EPOCHS * (train + dev),
             trained=EPOCHS * train,
             head=EPOCHS * dev,
@@ -104,136 +92,181 @@ def jobs() -> list[Job]:
     ]
 
 
+def extraction(corpus: str, clips: int) -> Job:
+    return Job(f"extraction, {corpus} train + dev", decoded=clips, front_end=clips, written=clips)
+
+
+def online_job() -> Job:
+    """Training with the front end in the loop: nothing is written, everything computed again."""
+    clips = EPOCHS * (PARTS["Codecfake train"] + PARTS["Codecfake dev"])
+    trained = EPOCHS * PARTS["Codecfake train"]
+    return Job(
+        f"the same training with --online, {EPOCHS} epochs",
+        decoded=clips,
+        front_end=clips,
+        head=clips - trained,
+        trained=trained,
+    )
+
+
+# ── Machines ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How fast it does each thing, a second. All resources of a machine work side by side, but for
+    what one processor does.
+    """
+
+    name: str
+    decode: float  # files, all its decoding workers
+    main: float  # clips through the main thread: unpacked, padded, launched
+    front_end: float  # clips
+    head: float  # clips forwards
+    train: float  # clips forwards and back
+    write: float  # rows through the one writer
+    read: float  # rows through its reading threads
+    copy: float  # bytes to and from the device
+    disk: float  # bytes; infinite where the cache lies in memory
+    one_processor: bool = False  # decoding, writing and networks share the cores
+
+
+# Resources that take turns on the cores where there is no GPU.
+ON_THE_CORES = ("decoding", "main thread", "front end", "head", "writer", "readers")
+
+
 def seconds(job: Job, machine: Machine, row_bytes: float, audio_bytes: float) -> dict[str, float]:
-    """Time that each resource is busy."""
+    """Time that each resource is busy. Front end and head share the GPU."""
+    copied = job.front_end * CLIP_BYTES + (job.written + job.read) * row_bytes
+    from_disk = (job.written + job.read) * row_bytes + job.decoded * audio_bytes
     return {
-        "decode": job.decoded / (machine.decode * machine.cores)
-        + job.read / (machine.rows * machine.cores),
-        "compute": job.front_end / machine.front_end
-        + job.head / machine.head
-        + job.trained / machine.train,
-        "disk": ((job.written + job.read) * row_bytes + job.decoded * audio_bytes) / machine.disk,
+        "decoding": job.decoded / machine.decode,
+        "main thread": job.front_end / machine.main,
+        "front end": job.front_end / machine.front_end,
+        "head": job.head / machine.head + job.trained / machine.train,
+        "writer": job.written / machine.write,
+        "readers": job.read / machine.read,
+        "copies": copied / machine.copy,
+        "disk": from_disk / machine.disk,
     }
 
 
 def hours(busy: dict[str, float], machine: Machine) -> tuple[float, str]:
-    """(duration, what limits it): resources work side by side, but for decoding and networks on the
-    same cores.
-    """
-    together = (
-        busy["decode"] + busy["compute"]
-        if machine.one_processor
-        else max(busy["decode"], busy["compute"])
-    )
-    return max(together, busy["disk"]) / 3600, max(busy, key=busy.get)
+    """(duration, what limits it)."""
+    shared = ON_THE_CORES if machine.one_processor else ("front end", "head")
+    together = sum(busy[name] for name in shared)
+    alone = {name: value for name, value in busy.items() if name not in shared}
+    slowest = max(alone, key=alone.get)
+    if alone[slowest] > together:
+        return alone[slowest] / 3600, slowest
+    return together / 3600, max(shared, key=lambda name: busy[name])
 
 
-# ── This machine ──
+# ── This machine ─────────────────────────────────────────────────────────────────────────────────
 
 
 def median_rate(work: Callable[[], object], count: int, repeats: int = 3) -> float:
     """Clips a second of a piece of work on `count` clips, after one run to warm up."""
-    work()
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return count / float(np.median(taken))
+    (taken,) = common.in_turns(work, repeats=repeats)
+    return count / taken
 
 
-def measure_front_end(folder: Path) -> tuple[float, float]:
-    """(clips/s, GFLOP a clip) of the first five blocks of XLS-R 300M with random weights."""
-    import transformers
-
-    network = transformers.Wav2Vec2Model(
-        transformers.Wav2Vec2Config(
-            hidden_size=1024,
-            num_hidden_layers=frontends.ssl.LAYER,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            conv_dim=[512] * 7,
-            feat_extract_norm="layer",
-            conv_bias=True,
-            do_stable_layer_norm=True,
-        )
-    )
-    network.save_pretrained(folder)
-    front_end, clips = (
-        model.load_frontend("xls-r-5", str(folder)),
-        torch.randn(BATCH, dataset.CLIP_SAMPLES) * 0.1,
-    )
+def measure_front_end(folder: Path) -> float:
+    """Clips/s of the first five blocks of XLS-R 300M with random weights, float32."""
+    common.save_random_xlsr(folder, layers=LAYER)
+    front_end = model.load_frontend("xls-r-5", str(folder))
+    clips = torch.randn(BATCH, dataset.CLIP_SAMPLES) * 0.1
     device = torch.device("cpu")
-    in_place = {
-        torch.ops.aten.addmm_: lambda _, a, b, **options: 2 * a[0] * a[1] * b[1]
-    }  # of shapes; not counted by itself
-    counter = FlopCounterMode(display=False, custom_mapping=in_place)
-    with counter:
-        preprocess.compute(front_end, clips, BATCH, device)()
-    return median_rate(
-        lambda: preprocess.compute(front_end, clips, BATCH, device)(), BATCH, 1
-    ), counter.get_total_flops() / BATCH / 1e9
+    return median_rate(lambda: preprocess.compute(front_end, clips, BATCH, device)(), BATCH, 1)
 
 
-def measure_head() -> tuple[float, float, float]:
-    """(clips/s forwards, clips/s trained, GFLOP a clip forwards) of W2V2-AASIST."""
+def measure_head() -> tuple[float, float]:
+    """(clips/s forwards, clips/s trained) of W2V2-AASIST in float32."""
     head = model.build_head("W2VAASIST", "xls-r-5")
-    features, labels = (
-        torch.randn(BATCH, *dataset.FEATURE_SHAPES["xls-r-5"]),
-        torch.arange(BATCH) % 2,
-    )
+    features = torch.randn(BATCH, *dataset.FEATURE_SHAPES["xls-r-5"])
+    labels = torch.arange(BATCH) % 2
     optimiser = torch.optim.Adam(head.parameters())
     train = median_rate(
         lambda: main_train.train_step(head.train(), optimiser, features, labels), BATCH
     )
-    counter = FlopCounterMode(display=False)
-    with counter:  # which needs the graph that inference mode leaves out
-        head.eval()(features)
+    head.eval()
     with torch.inference_mode():
-        return (
-            median_rate(lambda: head(features), BATCH),
-            train,
-            counter.get_total_flops() / BATCH / 1e9,
-        )
+        return median_rate(lambda: head(features), BATCH), train
 
 
 def measure_decoding(folder: Path) -> float:
-    """16-bit WAV files of 4 s at 16 kHz, clips/s on one core, from the page cache."""
-    for number in range(50):
-        soundfile.write(
-            folder / f"{number}.wav",
-            np.random.default_rng(number).normal(0, 0.1, dataset.CLIP_SAMPLES),
-            dataset.SAMPLE_RATE,
-        )
-    return median_rate(
-        lambda: [dataset.load_clip(folder / f"{number}.wav") for number in range(50)], 50
-    )
+    """Files/s of one worker until they stand in the main process, from the page cache: read,
+    digested, stacked, handed over in shared memory.
+    """
+    paths = common.write_clips(folder, 200)
+    batches = [list(range(first, first + BATCH)) for first in range(0, len(paths), BATCH)]
+    reading = dataset.clip_batches(paths, batches, num_workers=1)
+    next(reading)  # the worker has started
+    start = time.perf_counter()
+    count = sum(len(batch.rows) for batch in reading)
+    return count / (time.perf_counter() - start)
 
 
-def measure_cache(folder: Path, dtype: str) -> float:
-    """Rows/s that one thread reads and checks, from the page cache."""
-    shape, count = dataset.FEATURE_SHAPES["xls-r-5"], 64
-    writer = CacheWriter(
-        folder,
-        [Trial(f"{row}", "", 0, "-") for row in range(count)],
-        {"feat": "xls-r-5"},
-        shape,
-        dtype,
-    )
-    writer.write(
-        range(count), np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
-    )
+def measure_main_thread() -> float:
+    """Clips/s that the main thread pads; launching the kernels of a batch comes to it on a GPU."""
+    clips, device = torch.randn(BATCH, dataset.CLIP_SAMPLES), torch.device("cpu")
+    return median_rate(lambda: devices.pad_batch(clips, BATCH, device), BATCH, 9)
+
+
+def measure_cache(folder: Path, dtype: str) -> tuple[float, float]:
+    """(rows/s of the writer thread, rows/s that one thread reads and checks), both in memory.
+
+    Bytes reach the disk while the next rows are written; that is the disk's time, not the writer's.
+    """
+    shape, count, size = dataset.FEATURE_SHAPES["xls-r-5"], 256, 32
+    trials = [Trial(f"{row}", "", 0, "-") for row in range(count)]
+    features = np.random.default_rng(0).normal(size=(size, *shape)).astype(np.float32)
+    writer = CacheWriter(folder, trials, {"feat": "xls-r-5"}, shape, dtype)
+    start = time.perf_counter()
+    for first in range(0, count, size):
+        writer.write(range(first, first + size), features)
+    written = count / (time.perf_counter() - start)
     writer.close()
-    cache, order = FeatureCache(folder), np.random.default_rng(1).permutation(count)
-    return median_rate(lambda: cache.read(order), count)
+    cache, order = FeatureCache(folder), np.random.default_rng(1).permutation(count)[:128]
+    return written, median_rate(lambda: cache.read(order), len(order))
 
 
-# ── The report ──
+# ── Rates and where they come from ───────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate of this machine's processor that an option gives, or that is measured."""
+
+    option: str
+    text: str
+
+
+MEASURED = (
+    Rate("front_end", "front end in float32, clips/s of all cores"),
+    Rate("head", "W2V2-AASIST forwards in float32, clips/s of all cores"),
+    Rate("train", "W2V2-AASIST trained, no SAM, float32, clips/s of all cores"),
+    Rate("decode", "audio to a clip in the main process, files/s and worker"),
+    Rate("pad", "main thread: clips padded, clips/s"),
+    Rate("write", "writer thread, rows/s; flushes go on beside it"),
+    Rate("rows", "cached rows read and checked from memory, rows/s and thread"),
+)
+ASSUMED = (
+    ("gpu_cores", 16, "CPU cores beside the GPUs"),
+    ("workers", 14, "decoding workers beside a GPU, of these cores"),
+    ("readers", 8, "reading threads in training"),
+    ("launch_ms", 1.4, "ms of the main thread to launch the front end's kernels for 32 clips"),
+    ("pcie", 25.0, "GB/s between memory and GPU (PCIe 4 x16)"),
+    ("disk", 1.0, "GB/s of the disk here"),
+    ("audio_kb", 130.0, "kB of an audio file: 16-bit WAV of 4 s at 16 kHz"),
+    ("step_ms", 11.5, "ms of a training step that several GPUs share, whatever their number"),
+)
 
 
 def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
+    parser = cli.Parser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add(
         "-o",
         "--out",
         type=Path,
@@ -241,184 +274,378 @@ def get_parser() -> argparse.ArgumentParser:
         default=Path(__file__).with_name("SCALE.md"),
         help="(default: SCALE.md beside this script)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=tuple(DTYPES),
         default="float16",
         help="type of the cached values (default: %(default)s)",
     )
-    for name, text in (
-        ("front_end", "clips/s of extraction, the whole machine"),
-        ("head", "clips/s of the head forwards"),
-        ("train", "clips/s of training"),
-        ("decode", "audio files/s and core"),
-        ("rows", "cached rows/s and core"),
-        ("front_end_gflop", "GFLOP a clip of the front end"),
-        ("head_gflop", "GFLOP a clip of the head forwards"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=positive, metavar="X", help=f"{text} (default: measured)"
-        )
-    for name, value, text in (
-        ("gpu_tflops", 400, "peak of one GPU, TFLOP/s, in the precision used"),
-        ("front_end_share", 0.3, "of the peak that the front end reaches"),
-        ("head_share", 0.02, "of the peak that the head reaches; its operations are small"),
-        ("gpu_cores", 8, "CPU cores a GPU"),
-        ("disk", 1.0, "GB/s of the disk, here and beside the GPUs, which share it"),
-        ("audio_kb", 130, "kB of an audio file"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=positive,
-            default=value,
-            metavar="X",
-            help=f"{text} (default: %(default)s)",
-        )
-    return parser
-
-
-def positive(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return value
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = get_parser().parse_args(argv)
-    given = {name for name, value in vars(args).items() if value is not None}
-    with tempfile.TemporaryDirectory() as folder:
-        fill_in(args, Path(folder))
-    cores = os.cpu_count() or 1
-    here = Machine(
-        "this machine",
-        cores,
-        args.decode,
-        args.rows,
-        args.front_end,
-        args.head,
-        args.train,
-        args.disk * 1e9,
-        one_processor=True,
+    add(
+        "--gpu_results",
+        type=Path,
+        metavar="FILE",
+        help="results.json of gpu.py: its card's rates are measured ones",
     )
-    machines = [here, *(on_gpus(count, here, args) for count in (1, 8))]
-    with files.atomic_write(args.out) as file:
-        file.write(report(args, machines, given))
-    print(f"{args.out}: written")
+    above_zero = cli.number(above=0)
+    for rate in MEASURED:
+        text = f"{rate.text} (default: measured)"
+        add(f"--{rate.option}", type=above_zero, metavar="X", help=text)
+    for name, value, text in ASSUMED:
+        text = f"{text} (default: %(default)s)"
+        add(f"--{name}", type=above_zero, default=value, metavar="X", help=text)
+    return parser
 
 
 def fill_in(args: argparse.Namespace, folder: Path) -> None:
     """Measure the rates that were not given."""
     measured: dict[str, float] = {}
-    if None in (args.front_end, args.front_end_gflop):
-        measured["front_end"], measured["front_end_gflop"] = measure_front_end(folder / "ssl")
-    if None in (args.head, args.train, args.head_gflop):
-        measured["head"], measured["train"], measured["head_gflop"] = measure_head()
+    if args.front_end is None:
+        measured["front_end"] = measure_front_end(folder / "ssl")
+    if None in (args.head, args.train):
+        measured["head"], measured["train"] = measure_head()
     if args.decode is None:
-        measured["decode"] = measure_decoding(folder)
-    if args.rows is None:
-        measured["rows"] = measure_cache(folder / "cache", args.dtype)
+        measured["decode"] = measure_decoding(folder / "audio")
+    if args.pad is None:
+        measured["pad"] = measure_main_thread()
+    if None in (args.write, args.rows):
+        measured["write"], measured["rows"] = measure_cache(folder / "cache", args.dtype)
     for name, value in measured.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
 
 
-def on_gpus(count: int, here: Machine, args: argparse.Namespace) -> Machine:
-    """An estimate: the networks at a share of the GPUs' peak, decoding on their cores, one disk for
-    all.
-    """
-    gflops = count * args.gpu_tflops * 1e3
+def this_machine(args: argparse.Namespace) -> Machine:
+    """All of it measured or given; its networks, workers and writer share the cores."""
+    cores = os.cpu_count() or 1
     return Machine(
-        f"{count} GPU{'s' * (count > 1)}",
-        int(count * args.gpu_cores),
-        here.decode,
-        here.rows,
-        gflops * args.front_end_share / args.front_end_gflop,
-        gflops * args.head_share / args.head_gflop,
-        gflops * args.head_share / (3 * args.head_gflop),
-        here.disk,
-        one_processor=False,
+        f"{cores} cores",
+        decode=args.decode * cores,
+        main=args.pad,
+        front_end=args.front_end,
+        head=args.head,
+        train=args.train,
+        write=args.write,
+        read=args.rows * cores,
+        copy=float("inf"),
+        disk=args.disk * 1e9,
+        one_processor=True,
     )
 
 
-MEASURED = (
-    ("front_end", "front end, clips/s"),
-    ("head", "head forwards, clips/s"),
-    ("train", "head trained (no SAM), clips/s"),
-    ("decode", "decoding, files/s and core"),
-    ("rows", "cached rows, rows/s and core"),
-    ("front_end_gflop", "front end, GFLOP a clip"),
-    ("head_gflop", "head forwards, GFLOP a clip (trained: three times)"),
-)
-ASSUMED = (
-    ("gpu_tflops", "GPU's peak, TFLOP/s"),
-    ("front_end_share", "share of it that the front end reaches"),
-    ("head_share", "share of it that the head reaches"),
-    ("gpu_cores", "CPU cores a GPU"),
-    ("disk", "disk, GB/s"),
-    ("audio_kb", "audio file, kB"),
-)
+def main_thread_rate(args: argparse.Namespace) -> float:
+    """Clips/s that the main thread pads and launches the kernels of, 32 at a time."""
+    return 1 / (1 / args.pad + args.launch_ms / 1e3 / 32)
 
 
-def report(args: argparse.Namespace, machines: Sequence[Machine], given: set[str]) -> str:
-    lines = [
+@dataclass(frozen=True)
+class GPU:
+    """A card and, by precision, its rates in clips/s."""
+
+    card: str
+    front_end: dict[str, float]
+    train: dict[str, float]
+    head: dict[str, float]
+    measured: bool  # all of them; else estimates
+
+
+def estimated(card: str) -> GPU:
+    about, head = estimates.CARDS[card], estimates.HEADS["W2VAASIST"]
+    return GPU(
+        card,
+        {name: about.front_end[name] for name in PRECISIONS},
+        {name: estimates.training_rate(about, head, name) for name in PRECISIONS},
+        {name: estimates.forward_rate(about, head, name) for name in PRECISIONS},
+        measured=False,
+    )
+
+
+def read_results(path: Path) -> GPU:
+    """The card that gpu.py ran on.
+
+    Raises:
+        InputError: not its file, or a figure is missing.
+    """
+    try:
+        results = json.loads(path.read_text())
+        trained = {
+            name: results["Training steps"][f"W2VAASIST, {name}"]["clips/s"] for name in PRECISIONS
+        }
+        return GPU(
+            results["Machine"]["name"]["value"].removeprefix("NVIDIA "),
+            {name: results["Front end"][f"{name}, 32"]["clips/s"] for name in PRECISIONS},
+            trained,
+            {name: rate / estimates.FORWARD_SHARE for name, rate in trained.items()},
+            measured=True,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: expected results.json of a whole run of benchmarks/gpu.py, got a file "
+            f"without {error}; run it again with a larger --budget"
+        ) from None
+
+
+def with_gpu(gpu: GPU, precision: str, disk: float, args: argparse.Namespace) -> Machine:
+    """One GPU of this kind beside cores of this machine's kind.
+
+    Args:
+        disk: GB/s, infinite where the cache lies in memory.
+    """
+    return Machine(
+        f"1 {gpu.card}, {precision}",
+        decode=args.decode * args.workers,
+        main=main_thread_rate(args),
+        front_end=gpu.front_end[precision],
+        head=gpu.head[precision],
+        train=gpu.train[precision],
+        write=args.write,
+        read=args.rows * args.readers,
+        copy=args.pcie * 1e9,
+        disk=disk * 1e9,
+    )
+
+
+def with_gpus(count: int, one: Machine, args: argparse.Namespace) -> Machine:
+    """Several of them on one disk. Extraction and scoring have a process a GPU, each with workers
+    and a writer of its own; a training step that they share does not get faster.
+    """
+    shared_step = estimates.STEP_CLIPS / (args.step_ms / 1e3)
+    return replace(
+        one,
+        name=f"{count} x {one.name}",
+        decode=count * one.decode,
+        main=count * one.main,
+        front_end=count * one.front_end,
+        head=count * one.head,
+        train=shared_step if count > 1 else one.train,
+        write=count * one.write,
+        read=count * one.read,
+        copy=count * one.copy,
+    )
+
+
+def fastest_without_cache(machine: Machine, row_bytes: float) -> float | None:
+    """Clips/s of the front end above which --online trains faster than the cache is read.
+
+    Online, the GPU does both: 1 / (1/F + 1/T). From a cache, training goes at T or at the disk's D
+    rows/s: F must be above 1 / (1/D - 1/T). None: the disk does not limit, so the cache wins.
+    """
+    rows = machine.disk / row_bytes
+    if rows >= machine.train:
+        return None
+    return 1 / (1 / rows - 1 / machine.train)
+
+
+# ── The report ───────────────────────────────────────────────────────────────────────────────────
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = get_parser().parse_args(argv)
+    given = {name for name, value in vars(args).items() if value is not None}
+    gpus = {card: estimated(card) for card in (ONE_CONSUMER, ONE_A100, ONE_H100)}
+    if args.gpu_results:
+        gpu = read_results(args.gpu_results)
+        gpus[estimates.card_of(gpu.card) or gpu.card] = gpu
+    with common.scratch_folder() as folder:
+        fill_in(args, folder)
+    text = "\n".join(report(args, gpus, given)) + "\n"
+    with files.atomic_write(args.out) as file:
+        file.write(text)
+    print(f"{args.out}: written")
+
+
+def report(args: argparse.Namespace, gpus: dict[str, GPU], given: set[str]) -> list[str]:
+    here = this_machine(args)
+    return [
         "# What the whole job costs",
         "",
-        f"Written by `benchmarks/scale.py`; {os.cpu_count()} cores, {platform.machine()}, torch "
-        f"{torch.__version__}, torch threads: {torch.get_num_threads()}; W2V2-AASIST on xls-r-5, "
-        f"cache in {args.dtype}.",
+        f"Written by `python -m benchmarks.scale`; {os.cpu_count()} cores, {common.cpu_name()}, "
+        f"{platform.machine()}, torch {torch.__version__} with {torch.get_num_threads()} threads; "
+        f"W2V2-AASIST on xls-r-5, cache in {args.dtype}.",
+        "",
+        "## The whole job, and where its figures come from",
+        "",
+        *whole_table(args, here, gpus),
+        "",
+        *notes(args),
+        "",
+        "## Rates",
         "",
         *rates_table(args, given),
         "",
-        f"## Hours and what limits them (**{machines[0].name}: computed from measured rates; GPUs: "
-        "an estimate, not measured**)",
+        *gpu_table(gpus.values()),
         "",
-        *hours_table(args, machines),
+        "## Hours and what limits them: this machine, all rates measured or given",
         "",
-        "decode: reading audio and cached rows on the CPU cores; compute: front end and head; "
-        "disk: bytes of audio and cache. They work side by side; on this machine decoding and "
-        "networks share the cores and add up.",
+        *table(("job", here.name), [(job.name, cell(job, here, args)) for job in jobs()]),
+        "",
+        *(line for gpu in gpus.values() for line in gpu_section(gpu, args)),
+        "## Several GPUs",
+        "",
+        *several_section(gpus[ONE_H100], args),
+        "",
+        "## Without a cache",
+        "",
+        *online_section(gpus, args),
         "",
         "## Bytes on the disk, GB",
         "",
         *bytes_table(),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        "| :-- |" + " --: |" * (len(head) - 1),
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+
+
+def source_of(gpu: GPU) -> str:
+    return "measured" if gpu.measured else "est"
+
+
+def row_bytes_of(args: argparse.Namespace) -> int:
+    return row_type(args.dtype, dataset.FEATURE_SHAPES["xls-r-5"]).itemsize
+
+
+def duration(job: Job, machine: Machine, args: argparse.Namespace) -> tuple[float, str]:
+    return hours(seconds(job, machine, row_bytes_of(args), args.audio_kb * 1e3), machine)
+
+
+def cell(job: Job, machine: Machine, args: argparse.Namespace) -> str:
+    time_, limit = duration(job, machine, args)
+    return f"{time_:.3g} h, {limit}"
+
+
+def whole_job() -> list[Job]:
+    """Codecfake's features, a head trained on them, all test subsets scored."""
+    codecfake, _, training, scoring = jobs()
+    return [codecfake, training, scoring]
+
+
+def whole_table(args: argparse.Namespace, here: Machine, gpus: dict[str, GPU]) -> list[str]:
+    """Hours of extraction, training and scoring one after another."""
+    clips = PARTS["Codecfake train"] + PARTS["Codecfake dev"]
+    gigabytes = f"{clips * row_bytes_of(args) / 1e9:,.0f} GB"
+    lines = [("this machine", "measured", "fp32", here, f"{args.disk:g} GB/s")]
+    for gpu in gpus.values():
+        for precision in ("fp32", "bf16"):
+            machine = with_gpu(gpu, precision, 3, args)
+            lines.append((f"1 {gpu.card}", source_of(gpu), precision, machine, "3 GB/s"))
+    rows = []
+    for name, source, precision, machine, disk in lines:
+        times = [duration(job, machine, args)[0] for job in whole_job()]
+        cells = [f"{time_:.3g}" for time_ in (*times, sum(times))]
+        rows.append((name, source, precision, disk, *cells, gigabytes))
+    head = ("machine", "GPU's rates", "precision", "disk", "extraction, h", "training, h",
+            "scoring, h", "all, h", "cache")  # fmt: skip
+    return table(head, rows)
+
+
+def notes(args: argparse.Namespace) -> list[str]:
+    return [
+        f"Codecfake's training and development sets, {EPOCHS} epochs, twelve test subsets. "
+        "*est*: by the arithmetic of benchmarks/estimates.py, not measured. Of the machines with a "
+        f"GPU, {args.gpu_cores:g} cores with {args.workers:g} decoding workers are assumed to be "
+        "as fast as cores here.",
+        "",
+        "Resources work side by side, so the slowest is the duration; front end and head share a "
+        "GPU and add up, and without a GPU all but the disk share the cores. SAM doubles the "
+        "arithmetic of training. Sequential and random access are taken to be equally fast, and "
+        "start-up is left out.",
+    ]
 
 
 def rates_table(args: argparse.Namespace, given: set[str]) -> list[str]:
-    lines = ["| figure | value | source |", "| :-- | --: | :-- |"]
-    for name, text in MEASURED:
-        source = "given" if name in given else "measured"
-        lines.append(f"| {text} | {getattr(args, name):.4g} | {source} |")
-    for name, text in ASSUMED:
-        lines.append(f"| {text} | {getattr(args, name):.4g} | assumed (`--{name}`) |")
-    return lines
+    rows = []
+    for rate in MEASURED:
+        source = "given" if rate.option in given else "measured here"
+        rows.append((rate.text, f"{getattr(args, rate.option):.4g}", source))
+    for name, _, text in ASSUMED:
+        rows.append((text, f"{getattr(args, name):.4g}", f"assumed (`--{name}`)"))
+    return table(("figure", "value", "source"), rows)
 
 
-def hours_table(args: argparse.Namespace, machines: Sequence[Machine]) -> list[str]:
-    row_bytes = row_type(args.dtype, dataset.FEATURE_SHAPES["xls-r-5"]).itemsize
-    lines = [
-        "| job | " + " | ".join(machine.name for machine in machines) + " |",
-        "| :-- |" + " --: |" * len(machines),
-    ]
+def gpu_table(gpus: Sequence[GPU]) -> list[str]:
+    """Clips/s of the cards by precision."""
+    rows = []
+    for gpu in gpus:
+        for name, rates in (
+            ("front end", gpu.front_end),
+            ("W2V2-AASIST trained", gpu.train),
+            ("W2V2-AASIST forwards", gpu.head),
+        ):
+            cells = [f"{rates[precision]:,.0f}" for precision in PRECISIONS]
+            rows.append((f"{gpu.card}: {name}, clips/s", *cells, source_of(gpu)))
+    return table(("figure", *PRECISIONS, "source"), rows)
+
+
+def gpu_section(gpu: GPU, args: argparse.Namespace) -> list[str]:
+    """Hours of each job by disk and precision."""
+    rows = []
     for job in jobs():
-        cells = []
-        for machine in machines:
-            time_, limit = hours(seconds(job, machine, row_bytes, args.audio_kb * 1e3), machine)
-            cells.append(f"{time_:.3g} h, {limit}")
-        lines.append(f"| {job.name} | {' | '.join(cells)} |")
-    return lines
+        for disk in (*DISKS, IN_RAM) if job.written or job.read else (1,):
+            cells = [cell(job, with_gpu(gpu, name, disk, args), args) for name in PRECISIONS]
+            where = "cache in RAM" if disk == IN_RAM else f"disk {disk} GB/s"
+            rows.append((f"{job.name}; {where}", *cells))
+    title = f"## Hours and what limits them: 1 {gpu.card}, rates of the GPU {source_of(gpu)}"
+    return [title, "", *table(("job", *PRECISIONS), rows), ""]
+
+
+def several_section(gpu: GPU, args: argparse.Namespace) -> list[str]:
+    """Eight GPUs, bf16."""
+    one = with_gpu(gpu, "bf16", 7, args)
+    machines = [one, with_gpus(8, one, args)]
+    rows = [(job.name, *(cell(job, machine, args) for machine in machines)) for job in jobs()]
+    steps = estimates.STEP_CLIPS / args.step_ms * 1e3
+    return [
+        *table(("job, one disk of 7 GB/s", *(machine.name for machine in machines)), rows),
+        "",
+        f"Training does not scale: a shared step of {estimates.STEP_CLIPS} clips is bound by "
+        f"launching kernels and reductions, est {args.step_ms:g} ms however many GPUs share it "
+        "(968 kernels and 525 of the batch norms that are in step, 350 copies of gradients, 5 us "
+        f"each, and 47 reductions of 35 us), {steps:,.0f} clips/s. One head a GPU, each with a "
+        "folder of its own, is linear until the disk.",
+    ]
+
+
+def online_section(gpus: dict[str, GPU], args: argparse.Namespace) -> list[str]:
+    """From which front end and disk `--online` trains faster than a cache is read."""
+    rows = []
+    for gpu in gpus.values():
+        for precision in PRECISIONS:
+            cells = []
+            for disk in DISKS:
+                machine = with_gpu(gpu, precision, disk, args)
+                above = fastest_without_cache(machine, row_bytes_of(args))
+                won = above is not None and machine.front_end > above
+                need = "cache, always" if above is None else f"above {above:,.0f}/s"
+                cells.append(f"**online**: {need}" if won else need)
+            front_end = f"{gpu.front_end[precision]:,.0f}"
+            rows.append((f"{gpu.card}, {precision}", source_of(gpu), front_end, *cells))
+    head = ("GPU", "rates", "front end, clips/s", *(f"disk {disk} GB/s" for disk in DISKS))
+    training, online = jobs()[2], online_job()
+    h100 = with_gpu(gpus[ONE_H100], "bf16", 1, args)
+    times = [duration(job, h100, args)[0] for job in (whole_job()[0], training, online)]
+    return [
+        "The front end's speed above which `main_train.py --online` trains faster than from a "
+        f"cache in {args.dtype}, by disk; bold where this card's is. D rows/s from the disk, T "
+        "clips/s of training: 1 / (1/D - 1/T). From memory the cache always wins.",
+        "",
+        *table(head, rows),
+        "",
+        f"One {ONE_H100}, bf16, 1 GB/s: extraction {times[0]:.2g} h and training {times[1]:.2g} h "
+        f"from a cache, {times[2]:.2g} h online ({EPOCHS} epochs).",
+    ]
 
 
 def bytes_table() -> list[str]:
-    lines = [
-        f"| clips | the reference's .pt | {' | '.join(DTYPES)} |",
-        "| :-- | --: |" + " --: |" * len(DTYPES),
-    ]
+    rows = []
     for name, clips in (*PARTS.items(), ("all", sum(PARTS.values()))):
-        sizes = " | ".join(f"{size / 1e9:,.1f}" for size in disk_bytes(clips).values())
-        lines.append(f"| {name}: {clips:,} | {sizes} |")
-    return lines
+        sizes = [f"{size / 1e9:,.1f}" for size in disk_bytes(clips).values()]
+        rows.append((f"{name}: {clips:,}", *sizes))
+    return table(("clips", "the reference's .pt", *DTYPES), rows)
 
 
 def disk_bytes(clips: int) -> dict[str, int]:

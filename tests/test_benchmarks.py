@@ -6,6 +6,7 @@ python -m pytest tests/test_benchmarks.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,17 @@ def run(tmp_path: Path) -> gpu.Run:
     return gpu.Run(tmp_path, torch.device("cpu"), gpu.QUICK, tmp_path / "results.json", 10)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small operators wait for a second thread longer than it helps, above all beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_every_part_of_the_gpu_run_works_on_the_cpu(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, one_thread: None
 ) -> None:
     gpu.main(["--quick", "-o", str(tmp_path)])
     printed = capsys.readouterr().out

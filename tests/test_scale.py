@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import json
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ import dataset
 import frontends
 import generate_score
 import preprocess
-from benchmarks import bench_scale, scale
+from benchmarks import bench_scale, estimates, scale
 from dataset import Trial
 from formats import audio, protocols
 from formats.feature_cache import CacheWriter, FeatureCache
+from runtime.cli import InputError
 
 ROWS = 40_000
 SHAPE = bench_scale.SHAPE
@@ -158,66 +160,97 @@ def test_the_figures_of_the_whole_job() -> None:
     }
 
 
+def machine(**changes: float) -> scale.Machine:
+    """One that does all at once but for what is named."""
+    rates = ("decode", "main", "front_end", "head", "train", "write", "read", "copy", "disk")
+    return scale.Machine("", **dict.fromkeys(rates, float("inf")) | changes)
+
+
 def test_hours_are_those_of_the_slowest_resource() -> None:
-    """360,000 clips: decoded at 2 x 50 a second in 1 h, computed at 50 in 2 h, 400 kB each written
-    at 10 MB/s in 4 h.
+    """360,000 clips: decoded at 100 a second in 1 h, computed at 50 in 2 h, 400 kB each read and
+    written at 10 MB/s in 4 h.
     """
     job = scale.Job("", decoded=360_000, front_end=360_000, written=360_000)
-    machine = scale.Machine(
-        "",
-        cores=2,
-        decode=50,
-        rows=1,
-        front_end=50,
-        head=1,
-        train=1,
-        disk=10e6,
-        one_processor=False,
-    )
-    busy = scale.seconds(job, machine, row_bytes=300_000, audio_bytes=100_000)
-    assert busy == {"decode": 3600, "compute": 7200, "disk": 14_400} and scale.hours(
-        busy, machine
-    ) == (4, "disk")
-    faster = dataclasses.replace(machine, disk=100e6)
-    assert scale.hours(scale.seconds(job, faster, 300_000, 100_000), faster) == (2, "compute")
-    shared = dataclasses.replace(faster, one_processor=True)
-    assert scale.hours(scale.seconds(job, shared, 300_000, 100_000), shared) == (3, "compute")
-    training = scale.Job("", read=7_200, trained=3_600, head=3_600)
-    slow = dataclasses.replace(machine, rows=0.5, train=4, head=2, disk=1e9)
-    assert scale.seconds(training, slow, 1e6, 0) == {"decode": 7200, "compute": 2700, "disk": 7.2}
-
-
-def test_the_estimate_for_gpus_follows_its_assumptions(tmp_path: Path) -> None:
-    """1 TFLOP/s at half its peak: 10 clips a second of 50 GFLOP; eight GPUs, eight times; training
-    takes three forwards.
-    """
-    given = {
-        "front_end": 1,
-        "head": 1,
-        "train": 1,
-        "decode": 100,
-        "rows": 100,
-        "front_end_gflop": 50,
-        "head_gflop": 5,
-        "gpu_tflops": 1,
-        "front_end_share": 0.5,
-        "head_share": 0.03,
-        "gpu_cores": 4,
+    slow = machine(decode=100, front_end=50, disk=10e6)
+    busy = scale.seconds(job, slow, row_bytes=300_000, audio_bytes=100_000)
+    assert {name: value for name, value in busy.items() if value} == {
+        "decoding": 3600,
+        "front end": 7200,
+        "disk": 14_400,
     }
-    options = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    args = scale.get_parser().parse_args(options)
-    here = scale.Machine("", 2, 100, 100, 1, 1, 1, 1e9, one_processor=True)
-    one, eight = scale.on_gpus(1, here, args), scale.on_gpus(8, here, args)
-    assert (one.front_end, one.head, one.train, one.cores) == pytest.approx((10, 6, 2, 4))
-    assert (eight.front_end, eight.head, eight.train, eight.cores, eight.disk) == pytest.approx(
-        (80, 48, 16, 32, 1e9)
+    assert scale.hours(busy, slow) == (4, "disk")
+    for changes, expected in (
+        ({"disk": 100e6}, (2, "front end")),
+        ({"disk": 100e6, "one_processor": True}, (3, "front end")),
+        ({"disk": 100e6, "write": 40}, (2.5, "writer")),
+        ({"disk": 100e6, "main": 25}, (4, "main thread")),
+        ({"disk": 100e6, "copy": 5.584e6}, (10, "copies")),  # 258,400 a clip and 300,000
+    ):
+        other = dataclasses.replace(slow, **changes)
+        assert scale.hours(scale.seconds(job, other, 300_000, 100_000), other) == expected
+    training = scale.Job("", read=7_200, trained=3_600, head=3_600)
+    busy = scale.seconds(training, machine(read=0.5, train=4, head=2, disk=1e9), 1e6, 0)
+    assert (busy["readers"], busy["head"], busy["disk"]) == (14_400, 2700, 7.2)
+
+
+def test_without_a_cache_the_front_end_must_outrun_the_disk() -> None:
+    """D = 2,000 rows/s, T = 6,000 clips/s: 1 / (1/2,000 - 1/6,000) = 3,000."""
+    slow = machine(disk=2_000 * 400_000, train=6_000)
+    assert scale.fastest_without_cache(slow, 400_000) == pytest.approx(3_000)
+    assert scale.fastest_without_cache(machine(train=6_000), 400_000) is None
+    online = scale.online_job()
+    assert (online.front_end, online.trained, online.written, online.read) == (
+        8_333_430,
+        7_407_470,
+        0,
+        0,
     )
-    scale.main([*options, "-o", str(tmp_path / "SCALE.md")])
-    text = (tmp_path / "SCALE.md").read_text()
-    assert "| 23.1 h, compute | 2.89 h, compute |" in text, (
-        text
-    )  # 833,343 clips at 10 and at 80 a second
-    assert (
-        "an estimate, not measured" in text
-        and "| Codecfake train: 740,747 | 610.9 | 304.9 | 609.9 | 158.5 | 153.1 |" in text
+
+
+GIVEN = {
+    "front_end": 2,
+    "head": 60,
+    "train": 20,
+    "decode": 1_000,
+    "pad": 10_000,
+    "write": 2_000,
+    "rows": 5_000,
+}
+OPTIONS = [word for name, value in GIVEN.items() for word in (f"--{name}", str(value))]
+
+
+def test_gpus_share_everything_but_a_training_step() -> None:
+    args = scale.get_parser().parse_args([*OPTIONS, "--step_ms", "12.8"])
+    one = scale.with_gpu(scale.estimated("H100"), "bf16", 1, args)
+    eight = scale.with_gpus(8, one, args)
+    assert (one.front_end, one.write, one.disk) == (3_750, 2_000, 1e9)
+    assert (one.decode, one.read) == (14_000, 40_000)
+    assert one.main == pytest.approx(1 / (1e-4 + 1.4e-3 / 32))
+    assert (eight.front_end, eight.write, eight.disk) == (30_000, 16_000, 1e9)
+    assert eight.train == pytest.approx(10_000)  # 128 clips in 12.8 ms
+    assert one.train == pytest.approx(
+        estimates.training_rate(estimates.CARDS["H100"], estimates.HEADS["W2VAASIST"], "bf16")
     )
+
+
+def test_the_page_says_what_is_measured_and_what_estimated(tmp_path: Path) -> None:
+    results = {
+        "Machine": {"name": {"value": "NVIDIA A100-SXM4-80GB"}},
+        "Front end": {f"{name}, 32": {"clips/s": 1_000} for name in scale.PRECISIONS},
+        "Training steps": {f"W2VAASIST, {name}": {"clips/s": 3_000} for name in scale.PRECISIONS},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page = tmp_path / "SCALE.md"
+    scale.main([*OPTIONS, "--gpu_results", str(tmp_path / "results.json"), "-o", str(page)])
+    text = page.read_text()
+    assert "| A100-SXM4-80GB: front end, clips/s | 1,000 | 1,000 | 1,000 | measured |" in text
+    assert "| H100: front end, clips/s | 930 | 3,100 | 3,750 | est |" in text
+    assert "| 1 RTX 4090 | est | bf16 |" in text
+    assert "| 1 A100-SXM4-80GB | measured | bf16 |" in text
+    assert "| Codecfake train: 740,747 | 610.9 | 304.9 | 609.9 | 158.5 | 153.1 |" in text
+    # 833,343 clips: at 930/s 0.249 h, at 3,100/s less than the disk's 0.125 h
+    row = "extraction, Codecfake train + dev; disk 1 GB/s | 0.249 h, front end | 0.125 h, disk"
+    assert row in text, text
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="results.json: expected .* without 'Training steps'"):
+        scale.read_results(tmp_path / "results.json")
