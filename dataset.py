@@ -510,7 +510,7 @@ def read_ahead(
 
     Args:
         threads: 0 reads in the caller's own thread.
-        pin: hand features on in pinned memory, from which a GPU copies while it computes.
+        pin: hand both on in pinned memory, from which a GPU copies while it computes.
     """
     if isinstance(features, OnlineFeatures):
         yield from features.compute_ahead(batches, threads)
@@ -518,7 +518,7 @@ def read_ahead(
 
     def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
         values, labels = features.read(rows)
-        return (values.pin_memory() if pin else values), labels
+        return (values.pin_memory(), labels.pin_memory()) if pin else (values, labels)
 
     if threads == 0:
         for rows in batches:
@@ -587,7 +587,7 @@ class OnlineFeatures(JoinedFeatures):
         self.network, self.device, self.batch_size = network, device, batch_size
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Features (B, frames, dim) float32 on the device, labels (B,) on the host."""
+        """Features (B, frames, dim) float32 and labels (B,), both on the device."""
         return next(self.compute_ahead([rows], 0))
 
     def compute_ahead(
@@ -609,11 +609,13 @@ class OnlineFeatures(JoinedFeatures):
         pieces = np.split(rows, range(size, len(rows), size))
         computed = self._compute(pieces, size, num_workers)
         ready = torch.empty(0, *self.shape, device=self.device)  # of the batches to come
+        # Copied at once: each copy of a batch would wait for everything that is queued.
+        labels = torch.from_numpy(self.labels[rows]).to(self.device)
         for batch in batches:
             while len(ready) < len(batch):
                 ready = torch.cat([ready, next(computed)])
-            yield ready[: len(batch)], torch.from_numpy(self.labels[batch])
-            ready = ready[len(batch) :]
+            yield ready[: len(batch)], labels[: len(batch)]
+            ready, labels = ready[len(batch) :], labels[len(batch) :]
 
     def _compute(
         self, pieces: Sequence[np.ndarray], size: int, num_workers: int

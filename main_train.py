@@ -25,8 +25,8 @@ import argparse
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,6 +54,7 @@ from runtime.provenance import run_info
 CLASS_WEIGHTS = (10.0, 1.0)  # real, fake: Codecfake has six fakes a real clip
 WEIGHT_DECAY = 5e-4  # Adam's own: L2 in the gradient
 MAX_FAILED = 0.1  # percent of a part's files, as in preprocess.py
+STEPS_AHEAD = {"cpu": 0, "cuda": 1}  # that are queued before the loss of a step is looked at
 SAVE_EVERY = 600  # seconds; what a kill in the middle of an epoch costs at most
 STATE_FILE = "last_state.pt"
 CLIPS_A_READ = 32  # clips that a process decodes before it hands them on
@@ -621,6 +622,7 @@ def train_epoch(
         {"loss": mean weighted cross entropy of the epoch's clips, "seconds": ...}.
     """
     epoch, progress = run.state.epoch, run.state.progress
+    losses = StepLosses(progress, train, epoch, STEPS_AHEAD[run.device.type])
     order = dataset.proportional_batches if args.CSAM else dataset.shuffled_batches
     batches = order(train.sizes, args.batch_size, args.seed, epoch)
     network.train()
@@ -633,24 +635,56 @@ def train_epoch(
         leave=False,
         disable=not ranks.is_first(),
     ) as bar:
-        for features, labels in read_shards(
-            train, batches[progress.step :], args.num_workers, run.device
-        ):
-            rows = batches[progress.step]
-            seed_step(args.seed, epoch, progress.step)
+        reading = read_shards(train, batches[progress.step :], args.num_workers, run.device)
+        for step, (features, labels) in enumerate(reading, start=progress.step):
+            rows = batches[step]
+            seed_step(args.seed, epoch, step)
             with devices.memory_advice(args.batch_size):
                 loss = shard_step(network, optimiser, features, labels, train.labels[rows], args)
-            require_finite_loss(loss, epoch, progress.step, [train.name(row) for row in rows[:5]])
-            weight = total_class_weight(train.labels[rows])
-            progress.step += 1
-            progress.loss += loss * weight
-            progress.weight += weight
+            losses.add(rows, loss)
             progress.seconds = time.monotonic() - began
             bar.update()
-            bar.set_postfix(loss=f"{progress.mean_loss:.4f}")
-            run.save_if_due(head, optimiser)
+            if progress.step:
+                bar.set_postfix(loss=f"{progress.mean_loss:.4f}")
+            if run.is_save_due():
+                losses.wait()
+                run.save(head, optimiser)
+    losses.wait()
+    progress.seconds = time.monotonic() - began
     require_finite_weights(head, epoch, progress.step)
     return {"loss": progress.mean_loss, "seconds": round(progress.seconds, 2)}
+
+
+class StepLosses:
+    """Adds the loss of each step to the progress of the epoch.
+
+    A loss is looked at when `ahead` further steps are queued, so that a GPU never waits for the
+    host. The sums and the order of the steps are the same for every `ahead`.
+    """
+
+    def __init__(self, progress: Progress, train: JoinedFeatures, epoch: int, ahead: int):
+        self.progress, self.train, self.epoch, self.ahead = progress, train, epoch, ahead
+        self._waiting: deque[tuple[np.ndarray, Callable[[], float]]] = deque()
+
+    def add(self, rows: np.ndarray, loss: Callable[[], float]) -> None:
+        """The next step took these rows; `loss` waits for its loss."""
+        self._waiting.append((rows, loss))
+        self.wait(self.ahead)
+
+    def wait(self, ahead: int = 0) -> None:
+        """Bring the progress to `ahead` steps before the last one.
+
+        Raises:
+            InputError: a loss is not finite.
+        """
+        while len(self._waiting) > ahead:
+            rows, wait_for_loss = self._waiting.popleft()
+            loss, names = wait_for_loss(), [self.train.name(row) for row in rows[:5]]
+            require_finite_loss(loss, self.epoch, self.progress.step, names)
+            weight = total_class_weight(self.train.labels[rows])
+            self.progress.step += 1
+            self.progress.loss += loss * weight
+            self.progress.weight += weight
 
 
 def read_shards(
@@ -669,22 +703,25 @@ def shard_step(
     labels: Tensor,
     batch_labels: np.ndarray,
     args: argparse.Namespace,
-) -> float:
-    """One update from this rank's shard of a batch; returns the global batch's loss.
+) -> Callable[[], float]:
+    """One update from this rank's shard of a batch.
 
     Args:
         features, labels: as read_shards() yields them.
         batch_labels: of the global batch.
+
+    Returns:
+        A function that waits for the global batch's loss.
     """
     device = next(network.parameters()).device
     count = len(ranks.shard(batch_labels))
     total_weight = total_class_weight(batch_labels) if ranks.size() > 1 else None
     features = features[:count].to(device, non_blocking=True).float()
-    labels = labels[:count].to(device)
+    labels = labels[:count].to(device, non_blocking=True)
     loss = train_step(
         network, optimiser, features, labels, sharpness_of(args), args.precision, total_weight
     )
-    return float(ranks.mean(loss))
+    return ranks.mean(loss)
 
 
 def seed_step(seed: int, epoch: int, step: int) -> None:
@@ -733,29 +770,38 @@ def evaluate(
     rows = np.arange(len(dev.labels))
     batches = np.split(rows, range(args.batch_size, len(rows), args.batch_size))
     shards = ranks.shard(batches)  # whole batches: those that one process computes
-    logits = np.zeros((len(rows), 2))
-    reading = zip(dataset.read_ahead(dev, shards, args.num_workers), shards, strict=True)
-    with devices.memory_advice(args.batch_size), devices.autocast(args.precision, device):
-        for (features, _), shard in tqdm(
-            reading,
-            total=len(shards),
-            unit="step",
-            desc="dev",
-            leave=False,
-            disable=not ranks.is_first(),
+    # They stay on the device, which need not wait for the host to take them.
+    logits = torch.zeros(len(rows), 2, device=device)
+    reading = dataset.read_ahead(dev, shards, args.num_workers, pin=device.type == "cuda")
+    with devices.memory_advice(args.batch_size):
+        for shard, (features, _) in zip(
+            shards,
+            tqdm(
+                reading,
+                total=len(shards),
+                unit="step",
+                desc="dev",
+                leave=False,
+                disable=not ranks.is_first(),
+            ),
+            strict=True,
         ):
-            logits[shard] = head(features.to(device).float())[1].float().cpu()
-    logits = sum(ranks.gather(logits))  # each row is zero on all ranks but one
+            features = features.to(device, non_blocking=True).float()
+            with devices.autocast(args.precision, device):
+                outputs = head(features)[1]
+            logits[shard[0] : shard[-1] + 1] = outputs.float()
+    # Each row is zero on all ranks but one.
+    logits = sum(ranks.gather_to_first(logits.double().cpu().numpy()))
+    return ranks.broadcast(lambda: judge(logits, dev.labels, epoch, args.lr))
+
+
+def judge(logits: np.ndarray, labels: np.ndarray, epoch: int, lr: float) -> dict[str, float | None]:
+    """Logits (N, 2) and labels (N,) -> what evaluate() returns."""
     if not np.isfinite(logits).all():
         raise InputError(
             f"epoch {epoch}: the head's outputs on the development set are not finite. The weights "
-            f"of the epochs before are kept; lower --lr (now {args.lr:g})"
+            f"of the epochs before are kept; lower --lr (now {lr:g})"
         )
-    return judge(logits, dev.labels)
-
-
-def judge(logits: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
-    """Logits (N, 2) and labels (N,) -> what evaluate() returns."""
     weights = torch.tensor(CLASS_WEIGHTS, dtype=torch.float64)
     loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels), weight=weights)
     scores = logits[:, REAL] - logits[:, FAKE]
@@ -856,11 +902,14 @@ class Run:
         if ranks.is_first():
             self._write_log()  # a kill may have come between the state and the log
 
-    def save_if_due(self, head: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-        """Save the state in the middle of an epoch, every SAVE_EVERY seconds."""
-        if ranks.is_first() and time.monotonic() - self._saved > SAVE_EVERY:
-            require_finite_weights(head, self.state.epoch, self.state.progress.step)
-            self._save_state(head, optimiser)
+    def is_save_due(self) -> bool:
+        """Whether to save in the middle of an epoch: every SAVE_EVERY seconds."""
+        return ranks.is_first() and time.monotonic() - self._saved > SAVE_EVERY
+
+    def save(self, head: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Save the state in the middle of an epoch; the progress has to be that of the weights."""
+        require_finite_weights(head, self.state.epoch, self.state.progress.step)
+        self._save_state(head, optimiser)
 
     def save_epoch(
         self, record: dict[str, Any], head: nn.Module, optimiser: torch.optim.Optimizer

@@ -174,6 +174,18 @@ def barrier(meanwhile: Callable[[], Any] = lambda: None) -> None:
 
 def gather(value: T) -> list[T]:
     """Every rank's value, in the order of the ranks, on each of them."""
+    return _exchange(value, to_all=True)
+
+
+def gather_to_first(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on the first rank; none on the others.
+
+    Where values are large: all of them go through one store.
+    """
+    return _exchange(value, to_all=False)
+
+
+def _exchange(value: T, to_all: bool) -> list[T]:
     if _size == 1:
         return [value]
     key, data = f"gather {next(_numbers)}", pickle.dumps(value)
@@ -182,7 +194,8 @@ def gather(value: T) -> list[T]:
         _store.set(f"{key} {_rank} {start}", data[start : start + CHUNK])
     _store.set(f"{key} {_rank}", str(len(data)))
     barrier()
-    values = [pickle.loads(b"".join(_chunks(f"{key} {other}"))) for other in range(_size)]
+    sources = range(_size) if to_all or is_first() else ()
+    values = [pickle.loads(b"".join(_chunks(f"{key} {other}"))) for other in sources]
     barrier()
     # The store keeps everything in memory, and scores of whole corpora pass through it.
     for start in starts:
@@ -260,18 +273,31 @@ def parallel(network: nn.Module) -> nn.Module:
     )
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean of each rank's tensor."""
-    if _size == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
-    if x.is_cuda:
-        # Reading the value would wait in a way that cannot be interrupted, and a rank may be dead.
-        reduced = torch.cuda.Event()
-        reduced.record()
-        _wait(reduced.query, pause=1e-3)
-    return x / _size
+def mean(x: Tensor) -> Callable[[], float]:
+    """Begin to take the mean of each rank's scalar.
+
+    Returns:
+        A function that waits for it. On a GPU it does not wait for what is queued afterwards.
+    """
+    if _size > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+        x = x / _size
+    if not x.is_cuda:
+        value = float(x)
+        return lambda: value
+    on_host = torch.empty((), dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record()
+
+    def wait() -> float:
+        if _size == 1:
+            copied.synchronize()
+        else:  # a rank may be dead, and this wait can be interrupted
+            _wait(copied.query, pause=1e-3)
+        return float(on_host)
+
+    return wait
 
 
 def sync_batchnorms(network: nn.Module) -> None:

@@ -217,9 +217,11 @@ def test_eight_bit_features_train_as_exact_ones_do(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses[1], losses[0], atol=0.1)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_goes_on_in_the_middle_of_an_epoch(
-    features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
 ) -> None:
+    """Also where losses are looked at one step late, as on a GPU."""
     whole = train(features, tmp_path / "whole", "--num_epochs", "2", "--SAM")
     steps = 0
     real_step = main_train.shard_step
@@ -231,6 +233,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(
             raise KeyboardInterrupt
         return real_step(*arguments)
 
+    monkeypatch.setitem(main_train.STEPS_AHEAD, "cpu", ahead)
     monkeypatch.setattr(main_train, "SAVE_EVERY", -1)
     monkeypatch.setattr(main_train, "shard_step", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
@@ -240,6 +243,42 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch(
     train(features, tmp_path / "stopped", "--num_epochs", "2", "--SAM", "--continue_training")
     for name in ("anti-spoofing_feat_model.pt", "checkpoint/anti-spoofing_feat_model_2.pt"):
         assert weights(whole, name) == weights(tmp_path / "stopped", name)
+
+
+def test_a_late_look_at_the_losses_changes_nothing(
+    features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outs = []
+    for ahead in (0, 1, 7):
+        monkeypatch.setitem(main_train.STEPS_AHEAD, "cpu", ahead)
+        outs.append(train(features, tmp_path / str(ahead), "--num_epochs", "2"))
+    logs = [
+        [json.loads(line) | {"seconds": 0} for line in (out / "log.jsonl").read_text().splitlines()]
+        for out in outs
+    ]
+    assert logs[1] == logs[0] and logs[2] == logs[0]
+    assert weights(outs[1]) == weights(outs[0]) == weights(outs[2])
+
+
+def test_the_step_of_a_bad_loss_is_named_also_when_it_is_seen_late(
+    features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_step = main_train.shard_step
+    messages = []
+    for ahead in (0, 1):
+        steps = itertools.count(1)
+
+        def bad_at_the_second(*arguments, steps=steps):
+            loss = real_step(*arguments)
+            return (lambda: float("nan")) if next(steps) == 2 else loss
+
+        monkeypatch.setattr(main_train, "shard_step", bad_at_the_second)
+        monkeypatch.setitem(main_train.STEPS_AHEAD, "cpu", ahead)
+        with pytest.raises(InputError) as refused:
+            train(features, tmp_path / str(ahead), "--num_epochs", "1")
+        messages.append(str(refused.value))
+    assert messages[0].startswith("epoch 1, step 2: the loss is nan; the batch's first clips: ")
+    assert messages[1] == messages[0]
 
 
 def test_what_a_run_leaves_behind(features, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
