@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> gpu.Run:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Small operators wait for a second thread longer than it helps, above all beside other tests."""
+    """Small operators wait for a second thread longer than it helps, above all beside tests."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
