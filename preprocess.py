@@ -320,14 +320,14 @@ def run_plan(
     n_finished, n_failed = ranks.SharedCounter(), ranks.SharedCounter()
     n_failed_here = 0
     paths = [trial.path for trial in writer.trials]
+    dtype = torch.float16 if writer.layout.dtype == "float16" else torch.float32
     hide_bar = not plan.n_todo or not ranks.is_first()
     with (
         tqdm(total=plan.n_todo, unit="clip", desc=part, disable=hide_bar) as bar,
-        ThreadPoolExecutor(WRITING_THREADS) as disk,
+        Writes(writer) as writes,
     ):
-        writing: deque[Future] = deque()
         for batch in dataset.clip_batches(paths, plan.batches, args.num_workers):
-            features = compute(front_end, batch.clips, size, device)
+            features = compute(front_end, batch.clips, size, device, dtype)
             failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
             outcome.failures |= failures
             outcome.rates.update(batch.rates)
@@ -338,13 +338,10 @@ def run_plan(
                 raise too_many_failed(n_failed_here, len(paths), args.max_failed, failures)
             positions = [i for i, row in enumerate(batch.rows) if not plan.done[row]]
             rows = [batch.rows[i] for i in positions]
-            if len(writing) == WRITES_IN_FLIGHT:
-                writing.popleft().result()
             writer.note_rates(batch.rates)
-            writing.append(disk.submit(store, writer, rows, features, positions, list(failures)))
+            writes.add(rows, features, positions, list(failures))
             bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
-        while writing:
-            writing.popleft().result()
+        writes.wait()
         writer.mark_failed(sorted(plan.absent))
         writer.flush()
         ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
@@ -362,36 +359,67 @@ def too_many_failed(
 
 
 def compute(
-    front_end: FrontEnd, clips: Tensor, size: int, device: torch.device
+    front_end: FrontEnd,
+    clips: Tensor,
+    size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Callable[[], np.ndarray]:
     """Start computing the features of clips (B, 64600).
 
     Args:
         size: clips are padded to batches of this size; see devices.pad_batch().
+        dtype: of the features; a value beyond float16 becomes infinite, which the writer refuses.
 
     Returns:
-        A function that waits for them: (B, frames, dim) float32.
+        A function that waits for them: (B, frames, dim).
     """
     with devices.memory_advice(size), torch.inference_mode():
         features = front_end(devices.pad_batch(clips, size, device))[: len(clips)]
-        if device.type != "cuda":
-            return features.numpy
-        on_host = torch.empty(features.shape, pin_memory=True).copy_(features, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)  # a waiting thread leaves its core to the workers
-        copied.record()
+        return devices.copy_to_host(features.to(dtype))
 
-    def wait() -> np.ndarray:
-        copied.synchronize()
-        return on_host.numpy()
 
-    return wait
+class Writes:
+    """Batches on their way into a cache: threads write while the next batch is computed."""
+
+    def __init__(self, writer: CacheWriter):
+        self.writer = writer
+        self.threads = ThreadPoolExecutor(WRITING_THREADS)
+        self.in_flight: deque[Future] = deque()
+
+    def __enter__(self) -> Writes:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.threads.shutdown()
+
+    def add(
+        self,
+        rows: list[int],
+        features: Callable[[], np.ndarray],
+        positions: Sequence[int],
+        failed: list[int],
+    ) -> None:
+        """Have a thread store() this batch, once fewer than WRITES_IN_FLIGHT are on their way.
+
+        Raises what the batch waited for raised.
+        """
+        if len(self.in_flight) == WRITES_IN_FLIGHT:
+            self.in_flight.popleft().result()
+        batch = rows, features, positions, failed
+        self.in_flight.append(self.threads.submit(store, self.writer, *batch))
+
+    def wait(self) -> None:
+        """Wait until all batches are written; raise what the first of them that failed raised."""
+        while self.in_flight:
+            self.in_flight.popleft().result()
 
 
 def store(
     writer: CacheWriter,
     rows: list[int],
     features: Callable[[], np.ndarray],
-    positions: list[int],
+    positions: Sequence[int],
     failed: list[int],
 ) -> None:
     """Write the rows whose features stand at these positions of a batch; mark those that failed."""

@@ -8,6 +8,8 @@ time again for scoring.
 
 from __future__ import annotations
 
+import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dataset import CLIP_SAMPLES
+from formats.feature_cache import DONE, CacheWriter, _guard
 from frontends.ssl import LAYER
 from main_train import weighted_cross_entropy
 from model import LCNN, W2VAASIST, Residual_block
@@ -49,6 +52,33 @@ def extract(front_end: nn.Module, paths: Sequence[str], folder: Path, device: to
         torch.save(
             feature(front_end, path, device), folder / f"{number:06d}_{Path(path).name}_real.pt"
         )
+
+
+class PlainWriter(CacheWriter):
+    """The writer of a float16 cache without its threads: numpy casts and looks for infinities, and
+    each batch waits for the disk.
+    """
+
+    def write(self, rows: Sequence[int], features: np.ndarray) -> None:
+        stored = np.ascontiguousarray(features, dtype=np.float16)
+        if not np.isfinite(stored).all():
+            raise ValueError("a feature is not finite in float16")
+        for row, data in zip(rows, stored, strict=True):
+            descriptor, offset = self.layout.locate(row, os.O_RDWR)
+            os.pwrite(descriptor, data, offset)
+            self._unmarked[row] = zlib.crc32(data)
+
+    def mark_failed(self, rows: Sequence[int]) -> None:
+        super().mark_failed(rows)
+        os.fdatasync(self._index)
+
+    def flush(self) -> None:
+        for shard in {row // self.layout.rows_per_shard for row in self._unmarked}:
+            os.fdatasync(self.layout._open[shard])
+        rows = np.array(sorted(self._unmarked), dtype=np.int64)
+        crc = np.array([self._unmarked[row] for row in rows], dtype=np.uint32)
+        self._mark(rows, np.stack([crc, _guard(rows, crc, DONE)], axis=1))
+        self._unmarked.clear()
 
 
 class PtFiles(torch.utils.data.Dataset):

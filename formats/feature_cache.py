@@ -387,7 +387,7 @@ class CacheWriter:
         return _states(_read_index(self.folder, len(self.trials)))
 
     def write(self, rows: Sequence[int], features: np.ndarray) -> None:
-        """Store features (B, frames, dim) float32 as these rows.
+        """Store features (B, frames, dim) float32, or as the cache's own float16, as these rows.
 
         Raises:
             InputError: a value that is not finite in the cache's type.
@@ -399,9 +399,8 @@ class CacheWriter:
         ):
             if not finite:
                 raise InputError(
-                    f"{self.trials[row].path}: its feature reaches {np.abs(original).max():.3g}, "
-                    f"which {self.layout.dtype} cannot hold; give --dtype float32, or check the "
-                    "file"
+                    f"{self.trials[row].path}: its feature {self._describe_excess(original)}; give "
+                    "--dtype float32, or check the file"
                 )
             descriptor, offset = self.layout.locate(row, os.O_RDWR)
             _write_all(
@@ -410,6 +409,15 @@ class CacheWriter:
             crc = zlib.crc32(data)
             with self._changing_unmarked:
                 self._unmarked[row] = crc
+
+    def _describe_excess(self, features: np.ndarray) -> str:
+        """What is wrong with features that the cache cannot hold."""
+        largest = np.abs(features).max()
+        if np.isfinite(largest):
+            return f"reaches {largest:.3g}, which {self.layout.dtype} cannot hold"
+        if self.layout.dtype == "float16":
+            return "is not finite, or beyond float16's range of 65504"
+        return "is not finite"
 
     def unmarked(self) -> int:
         """Rows written since the last flush began."""

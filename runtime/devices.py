@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,6 +146,34 @@ def pad_batch(clips: Tensor, size: int, device: torch.device) -> Tensor:
     padded = torch.zeros(size, clips.shape[1], pin_memory=device.type == "cuda")
     padded[: len(clips)] = clips
     return padded.to(device, non_blocking=True)
+
+
+def copy_to_host(values: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy a tensor from its device; the function that comes back waits for the copy.
+
+    The copy runs in a stream of its own, so that the next batch is computed meanwhile.
+    """
+    if not values.is_cuda:
+        return values.numpy
+    stream = _copy_stream(values.device)
+    stream.wait_stream(torch.cuda.current_stream(values.device))
+    with torch.cuda.stream(stream):
+        on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        on_host.copy_(values, non_blocking=True)
+        values.record_stream(stream)  # its memory is not given away before it is copied
+        copied = torch.cuda.Event(blocking=True)  # a waiting thread leaves its core to the workers
+        copied.record(stream)
+
+    def wait() -> np.ndarray:
+        copied.synchronize()
+        return on_host.numpy()
+
+    return wait
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ import torch
 from conftest import REPO
 
 import model
+from benchmarks import bench_writer
+from benchmarks.plain import PlainWriter
 from dataset import FAKE, REAL, JoinedFeatures, ReferenceFeatures, Trial, open_features, read_ahead
 from formats import feature_cache
 from formats.audio import RESAMPLER
@@ -167,6 +169,8 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path, values: np.
         match="3.flac: its feature reaches 1e.05, which float16 cannot hold; give --dtype float32",
     ):
         writer(tmp_path / "half").write(range(10), values)
+    with np.errstate(over="ignore"), pytest.raises(InputError, match="3.flac: .*beyond float16"):
+        writer(tmp_path / "half").write(range(10), values.astype(np.float16))
     wide = writer(tmp_path / "single", dtype="float32")
     wide.write(range(10), values)
     wide.close()
@@ -317,14 +321,14 @@ def test_a_flush_that_fails_is_told_and_loses_nothing(
     disk.may_end.set()
     cache.write([5, 6], values[5:7])
     cache.start_flush()
-    cache.write([7], values[[7]])
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left") as caught:
-            cache.flush()
-        assert caught.value.filename.endswith("features_00001.npy")
+    with pytest.raises(OSError, match="No space left") as caught:
+        cache.flush()
+    assert caught.value.filename.endswith("features_00001.npy")
     disk.error = None
-    with pytest.raises(OSError, match="No space left"):
-        cache.close()
+    cache.write([7], values[[7]])
+    for end in (cache.flush, cache.close):
+        with pytest.raises(OSError, match="No space left"):
+            end()
     resumed = writer(tmp_path)
     assert np.flatnonzero(resumed.states() == DONE).tolist() == [0]
     resumed.write(range(1, 10), values[1:])
@@ -356,6 +360,27 @@ def test_threads_write_what_one_alone_writes(
         cache.close()
         for path in folder.glob("*.npy"):
             assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
+
+
+def test_the_plain_writer_makes_the_same_files(
+    tmp_path: Path, folder: Path, values: np.ndarray
+) -> None:
+    cache = PlainWriter(tmp_path / "plain", TRIALS, FRONT_END, SHAPE)
+    cache.write(range(10), values)
+    cache.mark_failed([])
+    cache.close()
+    for path in folder.glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "plain" / path.name).read_bytes()
+
+
+def test_the_benchmark_of_the_writer_runs(capsys: pytest.CaptureFixture) -> None:
+    bench_writer.main(["--quick"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if " % |" in line] == [
+        "| pwrite, CRC-32 and fdatasync alone",
+        "| the plain writer",
+        "| the writer",
+    ]
 
 
 @pytest.mark.parametrize("row", [0, 3, 4, 9])
