@@ -398,10 +398,7 @@ class CacheWriter:
             rows, as_bytes, _finite(stored), features, strict=True
         ):
             if not finite:
-                raise InputError(
-                    f"{self.trials[row].path}: its feature {self._describe_excess(original)}; give "
-                    "--dtype float32, or check the file"
-                )
+                raise self._refusal(row, original)
             descriptor, offset = self.layout.locate(row, os.O_RDWR)
             _write_all(
                 descriptor, data, offset, self.layout.shard_path(row // self.layout.rows_per_shard)
@@ -410,14 +407,23 @@ class CacheWriter:
             with self._changing_unmarked:
                 self._unmarked[row] = crc
 
-    def _describe_excess(self, features: np.ndarray) -> str:
-        """What is wrong with features that the cache cannot hold."""
-        largest = np.abs(features).max()
+    def _refusal(self, row: int, feature: np.ndarray) -> InputError:
+        """Why the cache cannot hold a feature, and what to do."""
+        largest, dtype = np.abs(feature).max(), self.layout.dtype
+        remedies = ["check the file"]
         if np.isfinite(largest):
-            return f"reaches {largest:.3g}, which {self.layout.dtype} cannot hold"
-        if self.layout.dtype == "float16":
-            return "is not finite, or beyond float16's range of 65504"
-        return "is not finite"
+            reason = f"reaches {largest:.3g}, which {dtype} cannot hold"
+            remedies.insert(0, "give --dtype float32")
+        elif feature.dtype == np.float16:
+            reason = "is not finite, or beyond float16's range of 65504"
+            remedies.insert(0, "give --dtype float32")
+        else:
+            reason = "is not finite"
+        if self.layout.meta["front_end"].get("precision") == "fp16":
+            remedies.insert(0, "give --precision bf16 or fp32")
+        return InputError(
+            f"{self.trials[row].path}: its feature {reason}; {', or '.join(remedies)}"
+        )
 
     def unmarked(self) -> int:
         """Rows written since the last flush began."""

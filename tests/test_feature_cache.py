@@ -623,9 +623,7 @@ def test_a_batch_whose_files_all_failed_writes_nothing(tmp_path: Path, dtype: st
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, dtype: str, value: float) -> None:
     values = powers(10)
     values[3, 5, 6] = value
-    with pytest.raises(
-        InputError, match=f"3.flac: its feature reaches (nan|inf), which {dtype} cannot hold"
-    ):
+    with pytest.raises(InputError, match="3.flac: its feature is not finite; check the file"):
         writer(tmp_path, dtype=dtype).write(range(10), values)
 
 
