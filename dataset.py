@@ -67,12 +67,15 @@ class ClipBatch:
     clips: Tensor  # (len(rows), 64600) float32
     rates: list[int]  # of each clip's file, Hz
     failures: dict[int, str]  # row -> one line saying what is wrong with its file
-    digests: list[bytes]  # of the samples: clips with the same one are the same clip
+    digests: list[bytes]  # of the samples, if asked for: clips with the same one are the same clip
     decoders: list[str]  # of each clip's file
 
 
 def clip_batches(
-    paths: Sequence[str], batches: Sequence[Sequence[int]], num_workers: int
+    paths: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    with_digests: bool = False,
 ) -> Iterator[ClipBatch]:
     """Decode the given batches of rows, in order, in `num_workers` processes (0: in this one).
 
@@ -92,7 +95,7 @@ def clip_batches(
             f"note: {limits.SHARED_MEMORY} is too small for the {waiting / 1e6:.0f} MB of clips "
             "that wait: they come through pipes, which is slower (docker run --shm-size=1g)"
         )
-    clips = _Clips(paths, num_workers, by_pipe)
+    clips = _Clips(paths, num_workers, by_pipe, with_digests)
     try:
         loading = _start_loading(clips, batches, num_workers)
         if num_workers and threading.current_thread() is threading.main_thread():
@@ -134,9 +137,16 @@ def _start_loading(
 class _Clips(torch.utils.data.Dataset):
     """Decodes batches of rows inside the workers of a DataLoader."""
 
-    def __init__(self, paths: Sequence[str], num_workers: int, by_pipe: bool = False):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        num_workers: int,
+        by_pipe: bool = False,
+        with_digests: bool = False,
+    ):
         self.paths = paths
         self.by_pipe = by_pipe
+        self.with_digests = with_digests
         # What a worker that dies leaves behind, in memory that it shares with its parent:
         # (process id, row) of the file that each worker is reading, and what it failed of.
         self.reading = _shared((max(num_workers, 1), 2), np.int64)
@@ -159,8 +169,9 @@ class _Clips(torch.utils.data.Dataset):
             batch.rows.append(row)
             batch.rates.append(recording.rate)
             batch.decoders.append(recording.decoder)
-            digest = hashlib.blake2b(recording.clip.numpy(), digest_size=16).digest()
-            batch.digests.append(digest)
+            if self.with_digests:  # a quarter of a worker's time
+                digest = hashlib.blake2b(recording.clip.numpy(), digest_size=16).digest()
+                batch.digests.append(digest)
             clips.append(recording.clip)
         reading[1] = -1
         if clips:

@@ -168,6 +168,7 @@ class Part:
     """What this rank scores of one list of files."""
 
     label: str  # on the progress bar
+    files: Sequence[str]  # the whole list's paths
     rows: range  # the whole list's, among the files of all parts
     batches: list[Sequence[int]]  # rows of this rank
 
@@ -252,7 +253,12 @@ class Scorer:
                 head(features[key].float())[1]
                 for head, key in zip(self.heads, self.front_end_of, strict=True)
             ]
-        return torch.stack(logits, dim=1)[: len(clips)].double().cpu().numpy()
+            stacked = torch.stack(logits, dim=1)
+            if self.precision == "fp16":  # a head's maxima may hide an infinity
+                for values in features.values():
+                    finite = torch.isfinite(values).flatten(1).all(dim=1)
+                    stacked = stacked.where(finite[:, None, None], torch.nan)
+        return stacked[: len(clips)].double().cpu().numpy()
 
     def score_files(self, lists: dict[str, Sequence[str]], num_workers: int) -> Iterator[Scored]:
         """Score lists of audio files; the ranks share the files.
@@ -270,7 +276,7 @@ class Scorer:
         paths = [path for files in lists.values() for path in files]
         plan = self._plan(lists, paths)
         batches = [batch for part in plan for batch in part.batches]
-        decoded = dataset.clip_batches(paths, batches, num_workers)
+        decoded = dataset.clip_batches(paths, batches, num_workers, with_digests=True)
         known: dict[bytes, np.ndarray] = {}  # digest of a clip -> logits (heads, 2)
         for part in plan:
             yield gather(self._score_part(part, decoded, known))
@@ -282,7 +288,7 @@ class Scorer:
             shard = self._shard(rows, paths)
             firsts = range(0, len(shard), self.batch_size)
             batches = [shard[first : first + self.batch_size] for first in firsts]
-            plan.append(Part(label, rows, batches))
+            plan.append(Part(label, files, rows, batches))
             start = rows.stop
         return plan
 
@@ -323,7 +329,16 @@ class Scorer:
         for position, digest in enumerate(digests):
             if digest is not None:
                 scored.logits[position] = known[digest]
+                if np.isnan(known[digest]).any():
+                    scored.failures[position] = self._refusal(part.files[position])
         return scored
+
+    def _refusal(self, path: str) -> str:
+        """One line about a file whose logits are NaN."""
+        advice = "check the file"
+        if self.precision == "fp16":
+            advice = "fp16 ends at 65504: give --precision bf16 or fp32"
+        return f"{path}: not scored, its features or logits are not finite; {advice}"
 
     def _compute(self, waiting: dict[bytes, Tensor], known: dict[bytes, np.ndarray]) -> None:
         """Move the clips that wait into `known`, as logits."""

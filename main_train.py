@@ -245,6 +245,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--online computes the features from audio; leave -f and -f1 out")
     if not args.online and (args.skip_missing or args.max_failed is not None):
         parser.error("--skip_missing and --max_failed go with --online")
+    if args.precision == "fp16":
+        parser.error(
+            "--precision fp16 is for preprocess.py and generate_score.py: nothing scales "
+            "the loss here, small gradients would become 0; give bf16"
+        )
     if args.max_failed is None:
         args.max_failed = MAX_FAILED
     return args

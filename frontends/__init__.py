@@ -15,8 +15,8 @@ def load_frontend(feat: str, ssl: str | None = None, precision: str = "fp32") ->
     Args:
         feat: "mel" -> (B, 505, 80), or "xls-r-5" -> (B, 201, 1024).
         ssl: hub id or local folder of the wav2vec 2.0 weights; None: facebook/wav2vec2-xls-r-300m.
-        precision: "bf16" multiplies matrices in bfloat16, those of xls-r-5 alone. For TF32 see
-            set_precision().
+        precision: "bf16" and "fp16" multiply matrices in 16 bits, those of xls-r-5 alone. For TF32
+            see set_precision().
 
     Raises:
         InputError: an unknown feat, or weights that are absent, incomplete or of another kind.

@@ -14,7 +14,7 @@ from formats.torch_files import digest
 from frontends.base import FEATURE_SHAPES, FrontEnd
 from frontends.xlsr import TimeMajorEncoder
 from runtime.cli import InputError
-from runtime.devices import autocast
+from runtime.devices import SIXTEEN_BITS, autocast
 
 DEFAULT_SSL = "facebook/wav2vec2-xls-r-300m"
 LAYER = 5  # hidden state that the heads see; entry 0 is what enters the first block
@@ -49,7 +49,7 @@ class XLSR(FrontEnd):
         self.weights_sha256 = digest(library)
         self.encoder: nn.Module
         if _is_of_xlsrs_kind(library.config):
-            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            dtype = SIXTEEN_BITS.get(precision, torch.float32)
             self.encoder = TimeMajorEncoder(library, dtype)
         else:
             self.encoder = _Library(library, precision)

@@ -123,7 +123,7 @@ class _Norm(nn.Module):
         self.register_buffer("bias", norm.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # a CPU mixes bfloat16 rows with float32 weights, CUDA does not
+        if x.is_cuda:  # a CPU mixes rows of 16 bits with float32 weights, CUDA does not
             x = x.float()
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).to(self.dtype)
 

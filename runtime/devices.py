@@ -15,7 +15,8 @@ from torch import Tensor
 from runtime import cli
 from runtime.cli import InputError
 
-PRECISIONS = ("fp32", "tf32", "bf16", "published")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "published")
+SIXTEEN_BITS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of the front end's products
 CLIPS_A_BATCH = {"cuda": 32, "cpu": 8}  # of a front end; more gain little and cost memory
 BATCH_HELP = "clips at a time (default: {cuda} on a GPU, {cpu} on the CPU)".format(**CLIPS_A_BATCH)
 # What torch's two allocators say, and CUDA's libraries (CUBLAS_STATUS_ALLOC_FAILED, ...).
@@ -106,17 +107,22 @@ def set_precision(precision: str, device: torch.device) -> None:
 
     fp32 means float32 everywhere: torch would otherwise use TF32 in convolutions without asking.
     published is what it does unasked, and the authors' program did: TF32 in cuDNN's convolutions,
-    float32 in matrix products.
+    float32 in matrix products. Products in 16 bits are summed in float32 throughout: in float16
+    partial sums would overflow.
     """
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    products = torch.backends.cuda.matmul
+    products.allow_tf32 = precision == "tf32"
+    products.allow_fp16_reduced_precision_reduction = False
+    products.allow_bf16_reduced_precision_reduction = False
     torch.backends.cudnn.allow_tf32 = precision in ("tf32", "published")
     if precision == "published" and device.type == "cpu":
         cli.echo("note: --precision published is a GPU's arithmetic; on the CPU it is fp32")
-    if precision == "bf16" and not has_bf16(device):
+    if precision in SIXTEEN_BITS and not _has_arithmetic(precision, device):
         what = "GPU" if device.type == "cuda" else "CPU"
+        kind = str(SIXTEEN_BITS[precision]).removeprefix("torch.")
         cli.echo(
-            f"note: this {what} has no bfloat16 arithmetic; --precision bf16 will be many times "
-            "slower than fp32"
+            f"note: this {what} has no {kind} arithmetic; --precision {precision} will be many "
+            "times slower than fp32"
         )
 
 
@@ -127,10 +133,17 @@ def has_bf16(device: torch.device) -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """torch.autocast to bfloat16 for "bf16", nothing for the others."""
+def _has_arithmetic(precision: str, device: torch.device) -> bool:
+    """has_bf16(), and the same of float16, which all GPUs that torch supports multiply."""
     if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
+        return has_bf16(device)
+    return device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """torch.autocast for "fp16" and "bf16", nothing for the others."""
+    if precision in SIXTEEN_BITS:
+        return torch.autocast(device.type, SIXTEEN_BITS[precision])
     return nullcontext()
 
 

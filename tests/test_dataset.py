@@ -378,6 +378,9 @@ def test_batches_of_clips_come_in_order_with_failures_beside(
     assert torch.equal(batches[2].clips[0], load_clip(paths[4]))
     assert [b.rates for b in batches] == [[24_000, 16_000], [16_000], [16_000]]
     assert [b.decoders for b in batches] == [["libsndfile"] * 2, ["libsndfile"], ["libsndfile"]]
+    assert [b.digests for b in batches] == [[], [], []]
+    (digested,) = dataset.clip_batches(paths, [[0, 1, 0]], num_workers, with_digests=True)
+    assert digested.digests[0] == digested.digests[2] != digested.digests[1]
     assert dataset.describe_decoders(Counter(batches[0].decoders)) is None
     assert "1 of 3 files" in dataset.describe_decoders(Counter(libsndfile=2, ffmpeg=1))
     assert (

@@ -537,7 +537,9 @@ def test_a_shared_clip_is_computed_once_and_scores_the_same(
         lambda self, clips: computed.append(len(clips)) or real_logits(self, clips),
     )
     monkeypatch.setattr(
-        dataset, "clip_batches", lambda *files: started.append(len(files[0])) or real_start(*files)
+        dataset,
+        "clip_batches",
+        lambda *files, **options: started.append(len(files[0])) or real_start(*files, **options),
     )
     score(corpora, head_folder, tmp_path / "all")
     assert started == [80], "decoding starts once for all subsets"
@@ -711,9 +713,9 @@ def test_an_unreadable_file_costs_no_other_score(
     asked = []
     real_batches = dataset.clip_batches
 
-    def noted(paths, *arguments):
+    def noted(paths, *arguments, **options):
         asked.extend(paths)
-        return real_batches(paths, *arguments)
+        return real_batches(paths, *arguments, **options)
 
     monkeypatch.setattr(dataset, "clip_batches", noted)
     run(generate_score, *command, "--result_folder", out)

@@ -57,9 +57,9 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short clips, decoded in this process: torch's loader takes minutes under tracemalloc."""
 
     def clip_batches(
-        paths: list[str], batches: list, num_workers: int
+        paths: list[str], batches: list, num_workers: int, with_digests: bool = False
     ) -> Iterator[dataset.ClipBatch]:
-        clips = dataset._Clips(paths, num_workers)
+        clips = dataset._Clips(paths, num_workers, with_digests=with_digests)
         return (clips.__getitems__(batch) for batch in batches)
 
     monkeypatch.setattr(dataset, "clip_batches", clip_batches)
