@@ -192,8 +192,8 @@ class Scorer:
 
     def __init__(self, args: argparse.Namespace, heads: dict[str, nn.Module]):
         self.device = devices.pick_device(ranks.gpu(args.gpu))
-        self.precision = args.precision
-        devices.set_precision(args.precision, self.device)
+        self.precision = args.precision or devices.DEFAULT_PRECISION[self.device.type]
+        devices.set_precision(self.precision, self.device)
         self.batch_size = args.batch_size or devices.CLIPS_A_BATCH[self.device.type]
         self.heads = [head.to(self.device) for head in heads.values()]
         self.front_ends: dict[tuple[str, str | None], FrontEnd] = {}
@@ -497,7 +497,7 @@ def finish_subset(
             keys = [partial_scores.key_of(subset.trials[row]) for row in rows]
             partial_scores.write_partial(path, scorer.made_by[number], keys, logits[rows])
         else:
-            about = describe_scores(args, target.head, scorer.device)
+            about = describe_scores(args, target.head, scorer)
             about["decoders"] = dict(scored.decoders)
             write_subset(args, target, subset, logits, scored.failures, about)
             path.unlink(missing_ok=True)
@@ -646,18 +646,16 @@ def write_missing(folder: Path, subset: Subset, failures: dict[int, str]) -> int
     return len(lines)
 
 
-def describe_scores(
-    args: argparse.Namespace, head: nn.Module, device: torch.device
-) -> dict[str, object]:
+def describe_scores(args: argparse.Namespace, head: nn.Module, scorer: Scorer) -> dict[str, object]:
     """What made the scores, for provenance.json."""
     return {
         "head": head.name,
         "feat": head.feat,
         "scores": "logit difference" if args.llr else "softmax(logits)[real]",
-        "precision": args.precision,
+        "precision": scorer.precision,
         "resampler": audio.RESAMPLER,
         "model": head.info,
-        "run": run_info(device),
+        "run": run_info(scorer.device),
     }
 
 

@@ -258,6 +258,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     device = devices.pick_device(ranks.gpu(args.gpu))
+    args.precision = args.precision or devices.DEFAULT_PRECISION[device.type]
     devices.set_precision(args.precision, device)
     # All batches but the last have one shape.
     torch.backends.cudnn.benchmark = device.type == "cuda"

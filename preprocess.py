@@ -161,6 +161,7 @@ def cache_folder(args: argparse.Namespace, part: str) -> Path:
 
 def extract_corpus(args: argparse.Namespace) -> None:
     device = devices.pick_device(ranks.gpu(args.gpu))
+    args.precision = choose_precision(args, device)
     devices.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in PARTS}
     front_end = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
@@ -175,6 +176,20 @@ def extract_corpus(args: argparse.Namespace) -> None:
                 extract(args, part, writer, front_end, absent, device)
             finally:
                 writer.close()
+
+
+def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
+    """--precision as given, else that of a cache which was begun, else the device's default."""
+    default = devices.DEFAULT_PRECISION[device.type]
+    if args.precision:
+        return args.precision
+    for part in PARTS:
+        folder = cache_folder(args, part)
+        recorded = feature_cache.recorded_precision(folder)
+        if recorded in devices.PRECISIONS and recorded != default:
+            cli.echo(f"{folder}: was begun with --precision {recorded} and goes on with it")
+            return recorded
+    return default
 
 
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:

@@ -296,7 +296,7 @@ def write_page(args: argparse.Namespace, comparisons: Sequence[Comparison]) -> N
     device = devices.pick_device(args.gpu)
     page = PAGE.format(
         device="CPU" if device.type == "cpu" else run_info(device)["device"],
-        precision=args.precision,
+        precision=args.precision or devices.DEFAULT_PRECISION[device.type],
         resampler=audio.RESAMPLER,
         torch=torch.__version__,
         resolved=RESOLVED,

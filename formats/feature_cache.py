@@ -296,6 +296,14 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
+def recorded_precision(folder: str | Path) -> str | None:
+    """The --precision a cache was begun with; None: no cache, or nobody knows."""
+    try:
+        return _read_meta(Path(folder))["front_end"].get("precision")
+    except (FileNotFoundError, InputError):  # a damaged one is mended or refused elsewhere
+        return None
+
+
 def _read_index(folder: Path, rows: int) -> np.ndarray:
     path, header = folder / "index.npy", _npy_header((rows, 2), np.uint32)
     try:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_codecfake, save_wav2vec2, write_tone
 
+import dataset
 import generate_score
 import main_train
 import model
 import preprocess
+from formats.feature_cache import CacheWriter, FeatureCache
 from frontends import load_frontend
 from frontends.mel import Mel
 from runtime import devices
@@ -86,10 +89,55 @@ def test_a_cache_keeps_its_precision(corpus: Path, ssl_narrow: Path) -> None:
     assert (folder / "features_00000.npy").read_bytes() == rows
 
 
+def test_without_the_option_a_cache_goes_on_in_its_precision(
+    corpus: Path, ssl_narrow: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """On a GPU the default is another one than it was; what was begun is not refused for it."""
+    folder = extract(corpus, ssl_narrow, "--precision", "bf16")
+    rows = (folder / "features_00000.npy").read_bytes()
+    CacheWriter.forget(writer := reopened(folder, corpus, "train"), [0, 3])
+    writer.close()
+    extract(corpus, ssl_narrow)
+    assert "train/xls-r-5: was begun with --precision bf16 and" in capsys.readouterr().out
+    assert (folder / "features_00000.npy").read_bytes() == rows
+
+
+def reopened(folder: Path, corpus: Path, part: str) -> CacheWriter:
+    """A writer of the cache that is there."""
+    cache = FeatureCache(folder)
+    trials = dataset.read_protocol("codecfake", corpus, part)
+    return CacheWriter(folder, trials, cache.front_end, cache.shape, cache.dtype)
+
+
+def test_the_default_is_tf32_on_a_gpu_and_float32_on_the_cpu(
+    corpus: Path, ssl_narrow: Path
+) -> None:
+    assert devices.DEFAULT_PRECISION == {"cuda": "tf32", "cpu": "fp32"}
+    args = preprocess.parse(["-f", str(corpus.parent / "features")])
+    assert preprocess.choose_precision(args, torch.device("cuda:0")) == "tf32"
+    assert FeatureCache(extract(corpus, ssl_narrow)).front_end["precision"] == "fp32"
+    assert preprocess.choose_precision(args, torch.device("cuda:0")) == "fp32"
+
+
+def test_a_head_that_hides_an_infinity_gives_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A maximum drops what is infinitely small."""
+    model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
+    features = torch.tensor([1, 2, -torch.inf, 3])[:, None, None]
+    logits = torch.ones(4, 2)
+    monkeypatch.setattr(Mel, "forward", lambda self, clips: features)
+    monkeypatch.setattr(model.LCNN, "forward", lambda self, features: (None, logits))
+    args = generate_score.parse(["-t", "ITW", *CPU, "--precision", "fp16"])
+    scorer = generate_score.Scorer(args, {"head": model.load_head(tmp_path)})
+    found = scorer.logits(torch.zeros(3, 64_600))
+    assert np.isnan(found).all(axis=(1, 2)).tolist() == [False, False, True]
+    assert (found[:2] == 1).all()
+
+
 def test_a_file_that_overflows_gets_no_score(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Its logits may be finite: a maximum drops what is infinitely small."""
     model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
     paths = [write_tone(tmp_path / f"{number}.wav", seed=number) for number in range(3)]
     real_forward, calls = Mel.forward, []
