@@ -1,7 +1,8 @@
 # make demo        three miniature corpora, the four scripts on them, an EER table (six minutes)
 # make lint        ruff's checks and format
 # make test        the tests, two at a time (TESTS=tests/test_model.py: some of them)
-# make bench       the benchmarks: benchmarks/RESULTS.md and SCALE.md (half an hour on 2 cores)
+# make bench       the benchmarks: benchmarks/RESULTS.md and SCALE.md (40 minutes on 2 cores)
+# make bench-gpu   the benchmark of a GPU (eight minutes), then SCALE.md with its figures
 # make torture     the long robustness tests: kills, damage, full disks, hostile files (10 min)
 # make clean-demo  removes what make demo made
 #
@@ -28,7 +29,7 @@ SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo lint test bench torture clean-demo
+.PHONY: demo lint test bench bench-gpu torture clean-demo
 
 # Each step takes up what an earlier run left: a second `make demo` soon shows the same table.
 demo: .venv/.ready
@@ -52,7 +53,7 @@ test: .venv/.ready
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(TESTS)
 
 bench: .venv/.ready
-	for script in bench bench_parity bench_scale; do \
+	for script in bench before_after bench_lcnn bench_openvino bench_parity bench_scale; do \
 	  echo "python -m benchmarks.$$script" >&2; \
 	  python -m benchmarks.$$script; \
 	  echo; \
@@ -60,6 +61,11 @@ bench: .venv/.ready
 	mv benchmarks/RESULTS.md.part benchmarks/RESULTS.md
 	cat benchmarks/RESULTS.md
 	python -m benchmarks.scale
+
+bench-gpu: .venv/.ready
+	python -m benchmarks.gpu -o data/gpu | tee benchmarks/GPU.md.part
+	mv benchmarks/GPU.md.part benchmarks/GPU.md
+	python -m benchmarks.scale --gpu_results data/gpu/results.json
 
 torture: .venv/.ready
 	python -m tests.torture

@@ -34,7 +34,7 @@ import generate_score
 import main_train
 import model
 import preprocess
-from benchmarks import bench_evaluate, common, plain
+from benchmarks import bench_evaluate, bench_openvino, common, plain
 from benchmarks.common import silence
 from dataset import CLIP_SAMPLES, SAMPLE_RATE, Trial, read_ahead
 from runtime import devices
@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows, notes = [], []
         for stage in (
             extraction,
+            peer,
             size_on_disk,
             cold_reads,
             training,
@@ -273,6 +274,33 @@ def _extract_here(s: Setting, precision: str) -> tuple[float, np.ndarray, dict[s
             "writing": write,
         },
     )
+
+
+def peer(s: Setting, ceilings: dict[str, float]) -> Found:
+    """The five blocks alone, here and in OpenVINO where that is installed; it runs on CPUs."""
+    if s.device.type != "cpu" or not bench_openvino.has_openvino():
+        return [], ["OpenVINO: not installed, or a GPU computes here; see bench_openvino.py."]
+    rows = []
+    for precision in bench_openvino.TOLERANCES:
+        theirs, ours, error = in_its_own_process(_against_openvino, s, precision)
+        stage = f"five blocks, {precision}, a clip (reference: OpenVINO's own program)"
+        rows.append(Row(stage, "1", theirs, ours, "s", f"{error:.1e} of float32's norm"))
+    return rows, []
+
+
+def _against_openvino(s: Setting, precision: str) -> tuple[float, float, float]:
+    """(OpenVINO's seconds a clip, ours, OpenVINO's relative error against float32)."""
+    devices.pick_device(-1)
+    clips = torch.randn(min(s.clips, 8), CLIP_SAMPLES, generator=torch.manual_seed(0)) * 0.1
+    exact = bench_openvino.our_features(s.ssl, "fp32", clips)()
+    ours = bench_openvino.our_features(s.ssl, precision, clips)
+    threads = torch.get_num_threads()
+    theirs = bench_openvino.openvino_features(s.ssl, precision, clips, threads)
+    error = float((theirs() - exact).norm() / exact.norm())
+    if error > bench_openvino.TOLERANCES[precision]:
+        raise RuntimeError(f"OpenVINO, {precision}: features lie {error:.1e} from ours in float32")
+    seconds = common.in_turns(theirs, ours, repeats=s.repeats)
+    return seconds[0] / len(clips), seconds[1] / len(clips), error
 
 
 def _new_folder(s: Setting) -> Path:

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset import CLIP_SAMPLES
+from dataset import CLIP_SAMPLES, JoinedFeatures
 from formats.feature_cache import DONE, CacheWriter, _guard
 from frontends.ssl import LAYER
-from main_train import weighted_cross_entropy
+from main_train import Sharpness, weighted_cross_entropy
 from model import LCNN, W2VAASIST, Residual_block
 
 
@@ -137,3 +137,36 @@ def score(front_end: nn.Module, head: nn.Module, path: str, device: torch.device
         return float(
             torch.softmax(head(feature(front_end, path, device).to(device))[1], dim=1)[0, 0]
         )
+
+
+# ── What this program did before: one parameter, one row, one batch at a time ────────────────────
+
+
+@torch.no_grad()
+def climb(head: nn.Module, sharpness: Sharpness) -> list[tuple[nn.Parameter, Tensor]]:
+    """main_train.climb(), parameter by parameter."""
+    moving = [p for p in head.parameters() if p.grad is not None]
+    norms = [(p.abs() * p.grad if sharpness.adaptive else p.grad).norm() for p in moving]
+    norm = torch.stack(norms).norm() + 1e-12
+    original = []
+    for p in moving:
+        original.append((p, p.clone()))
+        p.add_((p * p * p.grad if sharpness.adaptive else p.grad) * (sharpness.rho / norm))
+    return original
+
+
+@torch.no_grad()
+def descend(original: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for p, value in original:
+        p.copy_(value)
+
+
+def read_joined(features: JoinedFeatures, rows: np.ndarray) -> Tensor:
+    """Rows of several caches as float32, (B, frames, dim)."""
+    starts = np.cumsum([0, *features.sizes])
+    part_of = np.searchsorted(starts, rows, side="right") - 1
+    out = torch.empty(len(rows), *features.shape)
+    for number in np.unique(part_of):
+        where = np.flatnonzero(part_of == number)
+        out[where] = features.parts[number].read(rows[where] - starts[number])[0].float()
+    return out

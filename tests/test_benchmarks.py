@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from benchmarks import estimates, gpu
+from benchmarks import before_after, bench_lcnn, bench_openvino, estimates, gpu
 from runtime.cli import InputError
 
 # ── gpu.py ──
@@ -105,6 +106,37 @@ def test_estimates_fail_outside_a_quarter(run: gpu.Run, capsys: pytest.CaptureFi
         "Front end: bf16, 32: relative error": "holds",
         "Front end: tf32, 32: relative error": "fails",
     }
+
+
+# ── bench_lcnn.py, bench_openvino.py, before_after.py ──
+
+
+@pytest.mark.parametrize("script", [bench_lcnn, bench_openvino, before_after])
+def test_a_table_is_printed(
+    script: ModuleType, one_thread: None, capsys: pytest.CaptureFixture
+) -> None:
+    script.main(["--quick"])
+    printed = capsys.readouterr().out
+    assert printed.count("\n|") > 3, printed
+    assert "DIFFERENT" not in printed and "OUTSIDE" not in printed, printed
+
+
+@pytest.mark.parametrize("feat", ["xls-r-5", "mel"])
+def test_other_ways_of_the_lcnn_give_its_numbers(feat: str) -> None:
+    """The losses and the first layer's gradient; channels last sum in another order, so that a few
+    maxima fall to the other half.
+    """
+    features = torch.randn(2, *bench_lcnn.FEATURE_SHAPES[feat], generator=torch.manual_seed(0))
+    labels = torch.arange(2)
+    losses, gradients = [], []
+    for _, change, precision in bench_lcnn.WAYS:
+        if precision == "fp32":
+            head = bench_lcnn.build("lcnn", feat, change)
+            losses.append(float(bench_lcnn.step(head, features, labels, precision)))
+            gradients.append(next(head.conv1.parameters()).grad)
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-5)
+    for gradient, tolerance in zip(gradients, (0, 1e-5, 0, 3e-2, 3e-2), strict=True):
+        assert (gradient - gradients[0]).norm() <= tolerance * gradients[0].norm()
 
 
 # ── estimates.py ──
