@@ -313,7 +313,6 @@ class ReferenceFeatures:
     def __init__(self, folder: str | Path, feat: str):
         self.folder = str(folder)
         self.front_end = {"feat": feat}
-        self.about: dict[str, Any] = {}
         self.shape = FEATURE_SHAPES[feat]
         self.files = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         matches = [self._NAME.fullmatch(name) for name in self.files]
@@ -324,6 +323,8 @@ class ReferenceFeatures:
             )
         self.names = [match[1] for match in matches]
         labels = [REAL if match[2] in ("real", "bonafide") else FAKE for match in matches]
+        is_codecfake = matches[0][2] in ("real", "fake")
+        self.about: dict[str, Any] = {"task": "codecfake" if is_codecfake else "19LA"}
         self.labels = np.array(labels, dtype=np.int64)
 
     def require_complete(self) -> None:
@@ -474,6 +475,38 @@ def common_front_end(parts: Sequence[Features]) -> dict[str, Any]:
                     f"{merged[key]!r}; train on features of one front end"
                 )
     return merged
+
+
+LA_NAME = re.compile(r"LA_[TDE]_\d+")
+
+
+def corpus_of(store: Features) -> str | None:
+    """Whose features these are: as recorded, or as the names tell; None where they do not."""
+    if "task" in store.about:
+        return store.about["task"]
+    first = store.names[0]
+    if LA_NAME.match(first):
+        return "19LA"
+    return "codecfake" if first.endswith(".wav") else None
+
+
+def in_order(stores: Sequence[StoredFeatures], tasks: Sequence[str]) -> list[StoredFeatures]:
+    """The features in the order of the corpora that they belong to.
+
+    Raises:
+        InputError: they are of other corpora.
+    """
+    found = [corpus_of(store) for store in stores]
+    if len(stores) > 1 and found == list(reversed(tasks)):
+        cli.echo("note: -f holds 19LA's features and -f1 Codecfake's; they are taken as they are")
+        return list(reversed(stores))
+    for store, corpus, task in zip(stores, found, tasks, strict=True):
+        if corpus not in (None, task):
+            raise InputError(
+                f"{store.folder}: expected the features of {task}, it holds those of {corpus}; -f "
+                "is Codecfake's folder, -f1 19LA's"
+            )
+    return list(stores)
 
 
 def check_size(features: Features, feat: str) -> None:

@@ -330,9 +330,12 @@ def open_corpora(args: argparse.Namespace) -> tuple[JoinedFeatures, JoinedFeatur
     parts = {}
     for part in ("train", "dev"):
         stores = [
-            dataset.open_features(cli.feature_folder(args, task), part, args.feat) for task in tasks
+            dataset.open_features(
+                cli.feature_folder(args, task, alone=len(tasks) == 1), part, args.feat
+            )
+            for task in tasks
         ]
-        parts[part] = JoinedFeatures(stores)
+        parts[part] = JoinedFeatures(dataset.in_order(stores, tasks))
         dataset.check_size(parts[part], args.feat)
     front_end = dataset.common_front_end([*parts["train"].parts, *parts["dev"].parts])
     if args.ssl:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,11 @@ def get_parser() -> argparse.ArgumentParser:
         help="stored values: float32 exact; float16 half its bytes; a quarter with 8-bit codes: "
         "affine8 for xls-r-5, sqrt8 for mel (default: %(default)s)",
     )
+    add(
+        "--any_size",
+        action="store_true",
+        help="extract hidden states of another size than the heads here take",
+    )
     _add_fault_options(parser.add_argument_group("missing and damaged files"))
     devices.add_options(parser, "arithmetic of the front end")
     return parser
@@ -97,14 +103,15 @@ def _add_fault_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--skip_missing",
         action="store_true",
-        help="go on without files that the protocol names but that are absent",
+        help="go on without files that are absent or unreadable, however many",
     )
     add(
         "--max_failed",
         type=cli.percent,
         default=0.1,
         metavar="PERCENT",
-        help="stop when more of the files cannot be read (default: %(default)s %%)",
+        help="stop when more of the files cannot be read; not with --skip_missing (default: "
+        "%(default)s %%)",
     )
     add("--verify", action="store_true", help="check every row of an existing cache instead")
     add(
@@ -131,11 +138,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     eight_bits = feature_cache.EIGHT_BITS[args.feat]
     if args.dtype in feature_cache.EIGHT_BITS.values() and args.dtype != eight_bits:
         parser.error(f"--dtype {args.dtype} does not suit {args.feat}, whose form is {eight_bits}")
-    if args.task == "19LA" and args.path_to_features and not args.path_to_features1:
-        parser.error("-t 19LA writes to -f1; -f is Codecfake's folder")
     args.path_to_database = args.path_to_database or cli.CORPUS_FOLDERS[args.task]
     if args.task != "ITW":
-        args.features = cli.feature_folder(args, args.task)
+        args.features = cli.feature_folder(args, args.task, alone=True)
     return args
 
 
@@ -164,7 +169,12 @@ def extract_corpus(args: argparse.Namespace) -> None:
     args.precision = choose_precision(args, device)
     devices.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in PARTS}
+    require_space(args, {part: len(trials) for part, (trials, _) in corpus.items()})
     front_end = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
+    require_size(args, front_end)
+    for part, (trials, _) in corpus.items():  # dev's too, before train takes hours
+        if not args.repair:
+            refuse_other_cache(args, part, trials, front_end)
     for part, (trials, absent) in corpus.items():
         folder = cache_folder(args, part)
         with ranks.exclusive(folder):
@@ -176,6 +186,18 @@ def extract_corpus(args: argparse.Namespace) -> None:
                 extract(args, part, writer, front_end, absent, device)
             finally:
                 writer.close()
+                if ranks.is_first() and not feature_cache.has_rows(folder):
+                    feature_cache.remove(folder)
+
+
+def require_size(args: argparse.Namespace, front_end: FrontEnd) -> None:
+    """Raise InputError where no head here takes the front end's features, unless that is wanted."""
+    wanted = dataset.FEATURE_SHAPES[args.feat][1]
+    if front_end.dim != wanted and not args.any_size:
+        raise InputError(
+            f"--ssl {args.ssl}: its hidden states have {front_end.dim} values, the heads here take "
+            f"{wanted} (XLS-R 300M); give other weights, or --any_size for a head of your own"
+        )
 
 
 def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
@@ -214,6 +236,7 @@ def prepare_cache(
             cli.echo(f"{folder / name}: damaged; made anew")
     writer = open_cache(args, folder, trials, front_end)
     try:
+        writer.layout.check_shards()
         if not writer.records_resampler():
             require_16_khz(writer)
         if args.repair:
@@ -248,10 +271,30 @@ def open_cache(
     front_end: FrontEnd,
     device: torch.device | str = "cpu",
 ) -> CacheWriter:
-    made_by = front_end.fingerprint() | {"precision": args.precision}
-    shape = (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
-    about = {"ssl": getattr(front_end, "ssl", None), "run": run_info(device)}
+    made_by, shape = describe_rows(args, front_end)
+    about = {
+        "task": args.task,
+        "ssl": getattr(front_end, "ssl", None),
+        "run": run_info(device),
+    }
     return CacheWriter(folder, trials, made_by, shape, args.dtype, about)
+
+
+def describe_rows(
+    args: argparse.Namespace, front_end: FrontEnd
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """All that decides the features' values, and their shape (frames, dim)."""
+    made_by = front_end.fingerprint() | {"precision": args.precision}
+    return made_by, (dataset.FEATURE_SHAPES[args.feat][0], front_end.dim)
+
+
+def refuse_other_cache(
+    args: argparse.Namespace, part: str, trials: list[Trial], front_end: FrontEnd
+) -> None:
+    """Raise InputError where the part's folder holds features of something else."""
+    made_by, shape = describe_rows(args, front_end)
+    wanted = feature_cache.describe(trials, made_by, shape, args.dtype, {"task": args.task})
+    ranks.broadcast(lambda: feature_cache.refuse_other(cache_folder(args, part), wanted))
 
 
 @dataclass(frozen=True)
@@ -291,7 +334,8 @@ def extract(
         InputError: more files than --max_failed allows cannot be read; finished rows are kept.
     """
     size = args.batch_size or devices.CLIPS_A_BATCH[device.type]
-    plan = plan_extraction(writer, absent, size, args.max_failed)
+    max_failed = 100 if args.skip_missing else args.max_failed
+    plan = plan_extraction(writer, absent, size, max_failed)
     n_done = len(writer.trials) - plan.n_todo
     cli.echo(
         f"{args.task} {part}: {len(writer.trials)} clips, {n_done} of them done, {device} -> "
@@ -346,13 +390,13 @@ def run_plan(
             failures = {row: why for row, why in batch.failures.items() if not plan.done[row]}
             outcome.failures |= failures
             outcome.rates.update(batch.rates)
-            outcome.decoders.update(batch.decoders)
             if failures:
                 n_failed_here = n_failed.add(len(failures)) + len(plan.absent)
             if n_failed_here > plan.n_allowed:
                 raise too_many_failed(n_failed_here, len(paths), args.max_failed, failures)
             positions = [i for i, row in enumerate(batch.rows) if not plan.done[row]]
             rows = [batch.rows[i] for i in positions]
+            outcome.decoders.update(batch.decoders[i] for i in positions)
             writer.note_rates(batch.rates)
             writes.add(rows, features, positions, list(failures))
             bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
@@ -457,6 +501,12 @@ def finish(writer: CacheWriter, outcome: Outcome) -> None:
         joined.rates += of_rank.rates
         joined.decoders += of_rank.decoders
     writer.write_failures(joined.failures)
+    writer.add_decoders(joined.decoders)
+    if len(joined.failures) == len(writer.trials):
+        raise InputError(
+            f"{writer.folder}: none of its {len(writer.trials)} files can be read; the last: "
+            f"{list(joined.failures.values())[-1]}"
+        )
     report(writer, joined)
 
 
@@ -566,6 +616,27 @@ def check_space(args: argparse.Namespace, n_rows: dict[str, int]) -> list[str]:
     Args:
         n_rows: of each part whose protocol could be read.
     """
+    needed, free, folder = space(args, n_rows)
+    cli.echo(
+        f"features of train and dev ({args.feat}, {args.dtype}): {needed / 1e9:.1f} GB still to "
+        f"allocate, {free / 1e9:.1f} GB free under {folder}"
+    )
+    return [f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"] if needed > free else []
+
+
+def require_space(args: argparse.Namespace, n_rows: dict[str, int]) -> None:
+    """Raise InputError where the disk has no room for the features of train and dev together."""
+    needed, free, folder = space(args, n_rows)
+    if needed > free:
+        raise InputError(
+            f"{folder}: the features of train and dev need {needed / 1e9:.1f} GB more, "
+            f"{free / 1e9:.1f} GB are free; free some space, choose another disk with -f (-f1 for "
+            f"19LA), or store 8 bits (--dtype {feature_cache.EIGHT_BITS[args.feat]})"
+        )
+
+
+def space(args: argparse.Namespace, n_rows: dict[str, int]) -> tuple[int, int, Path]:
+    """Bytes that the features still have to be given, bytes that are free, and where."""
     needed = 0
     row = feature_cache.row_type(args.dtype, dataset.FEATURE_SHAPES[args.feat]).itemsize
     for part in PARTS:
@@ -575,12 +646,7 @@ def check_space(args: argparse.Namespace, n_rows: dict[str, int]) -> list[str]:
     folder = args.features.absolute()
     while not folder.exists():
         folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    cli.echo(
-        f"features of train and dev ({args.feat}, {args.dtype}): {needed / 1e9:.1f} GB still to "
-        f"allocate, {free / 1e9:.1f} GB free under {folder}"
-    )
-    return [f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free"] if needed > free else []
+    return needed, shutil.disk_usage(folder).free, folder
 
 
 # ── Verification ─────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ One folder a part and front end, `<features>/<part>/<feat>/`:
     index.npy            for each row its CRC-32 and a guard word; all zero: not written yet
     failed.txt           the files that could not be read, if any, and why
     resampler.json       what converted clips that are not at 16 kHz; null where all are
+    decoders.json        which decoder read how many files
 
 Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the
 index. A row is marked only when its bytes are on the disk, and each is checked whenever it is read.
@@ -36,6 +37,7 @@ import os
 import re
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -61,7 +63,7 @@ SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
 HALF_EXPONENT = np.uint16(0x7C00)  # float16: all bits of the exponent set is infinity or NaN
 ROUND_DOWN = np.float32(1 - 2**-23)  # no largest value decodes to infinity
 OWN_FILES = re.compile(
-    r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|features_\d{5}\.npy|.+\.part"
+    r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|decoders\.json|features_\d{5}\.npy|.+\.part"
 )
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
@@ -259,6 +261,11 @@ class _Layout:
             )
         return descriptor
 
+    def check_shards(self) -> None:
+        """Raise InputError where a shard is missing or has not the size and header it must have."""
+        for shard in range(self.n_shards()):
+            os.close(self._open_shard(shard, os.O_RDONLY))
+
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
@@ -276,17 +283,20 @@ def _sealed(meta: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
+def _is_description(meta: dict[str, Any]) -> bool:
+    """Whether cache.json says what this program can read."""
+    if meta["format"] != FORMAT or meta["dtype"] not in DTYPES:
+        return False
+    if not isinstance(meta["front_end"], dict) or not isinstance(meta["about"], dict):
+        return False
+    return min(meta[size] for size in ("rows", "frames", "dim", "rows_per_shard")) >= 1
+
+
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "cache.json"
     try:
         meta = json.loads(path.read_bytes())
-        if (
-            meta["format"] != FORMAT
-            or meta["crc32"] != _sealed(meta)
-            or meta["dtype"] not in DTYPES
-            or min(meta[size] for size in ("rows", "frames", "dim", "rows_per_shard")) < 1
-            or not isinstance(meta["front_end"], dict)
-        ):
+        if meta["crc32"] != _sealed(meta) or not _is_description(meta):
             raise ValueError
     except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
@@ -347,22 +357,14 @@ class CacheWriter:
         about: dict[str, Any] | None = None,
     ):
         self.folder, self.trials = Path(folder), trials
-        text = _trials_text(trials)
-        meta = {
-            "format": FORMAT,
-            "rows": len(trials),
-            "frames": shape[0],
-            "dim": shape[1],
-            "dtype": dtype,
-            "rows_per_shard": ROWS_PER_SHARD,
-            "front_end": front_end,
-            "protocol_sha256": hashlib.sha256(text).hexdigest(),
-            "about": about or {},
-        }
-        if (self.folder / "cache.json").exists():
-            _refuse_other(self.folder, _read_meta(self.folder), meta)
-        else:
-            _create(self.folder, meta | {"crc32": _sealed(meta)}, text)
+        meta = describe(trials, front_end, shape, dtype, about)
+        refuse_other(self.folder, meta)
+        is_there = (self.folder / "cache.json").exists()
+        if is_there and _difference(_read_meta(self.folder), meta):
+            remove(self.folder)  # it has no rows
+            is_there = False
+        if not is_there:
+            _create(self.folder, meta | {"crc32": _sealed(meta)}, _trials_text(trials))
         self.layout = _Layout(self.folder, _read_meta(self.folder))
         self._resampler = None
         if self.records_resampler():
@@ -389,6 +391,15 @@ class CacheWriter:
             with suppress(FileNotFoundError):  # another rank wrote the same at the same moment
                 record_resampler(self.folder, RESAMPLER)
             self._resampler = RESAMPLER
+
+    def add_decoders(self, counts: dict[str, int]) -> None:
+        """Add to the record of which decoder read how many files."""
+        path = self.folder / "decoders.json"
+        known: Counter = Counter()
+        with suppress(FileNotFoundError, ValueError, TypeError):  # damaged, it is begun anew
+            known.update(json.loads(path.read_bytes()))
+        with files.atomic_write(path) as file:
+            json.dump(known + Counter(counts), file)
 
     def states(self) -> np.ndarray:
         """(N,) NOT_YET, DONE, FAILED or DAMAGED (the index entry itself)."""
@@ -657,18 +668,75 @@ def _mend_file(path: Path, header: bytes, size: int) -> bool:
     return True
 
 
-def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise where an existing cache was made with something else than what is wanted now."""
-    flat_found, flat_wanted = found | found["front_end"], wanted | wanted["front_end"]
-    for key, value in flat_wanted.items():
-        if (
-            key not in ("front_end", "about", "rows_per_shard", "format")
-            and flat_found.get(key) != value
-        ):
-            raise InputError(
-                f"{folder}: holds a cache with {key} {flat_found.get(key)!r}, this run would make "
-                f"{value!r}; choose another folder with -f, or move the old cache away"
-            )
+def describe(
+    trials: Sequence[Trial],
+    front_end: dict[str, Any],
+    shape: tuple[int, int],
+    dtype: str,
+    about: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What cache.json says of a cache, but for its checksum. The arguments are CacheWriter's."""
+    return {
+        "format": FORMAT,
+        "rows": len(trials),
+        "frames": shape[0],
+        "dim": shape[1],
+        "dtype": dtype,
+        "rows_per_shard": ROWS_PER_SHARD,
+        "front_end": front_end,
+        "protocol_sha256": hashlib.sha256(_trials_text(trials)).hexdigest(),
+        "about": about or {},
+    }
+
+
+def refuse_other(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise InputError where the folder holds rows of another cache than what is wanted.
+
+    Args:
+        wanted: by describe().
+    """
+    if not (folder / "cache.json").exists():
+        return
+    difference = _difference(_read_meta(folder), wanted)
+    if difference and has_rows(folder):
+        raise InputError(
+            f"{folder}: holds a cache with {difference}; choose another folder with -f (-f1 for "
+            "19LA), or move the old cache away"
+        )
+
+
+# What decides the rows of a cache, beside its front end.
+COMPARED = ("rows", "frames", "dim", "dtype", "protocol_sha256")
+
+
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """In words, what another cache was made with; None where it is the same."""
+    corpora = [meta["about"].get("task") for meta in (found, wanted)]
+    if None not in corpora and corpora[0] != corpora[1]:
+        return f"the features of {corpora[0]}, this run would make those of {corpora[1]}"
+    one = {key: found[key] for key in COMPARED} | found["front_end"]
+    other = {key: wanted[key] for key in COMPARED} | wanted["front_end"]
+    for key, value in other.items():
+        if one.get(key) != value:
+            return f"{key} {one.get(key)!r}, this run would make {value!r}"
+    return None
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether the cache in a folder holds a feature; one whose index is damaged may."""
+    try:
+        states = _states(_read_index(folder, _read_meta(folder)["rows"]))
+    except InputError:
+        return True
+    return bool(np.isin(states, (DONE, DAMAGED)).any())
+
+
+def remove(folder: Path) -> None:
+    """Take a cache away, cache.json first; the lock and what is not of a cache stay."""
+    (folder / "cache.json").unlink()
+    for name in sorted(os.listdir(folder)):
+        if name != ".lock" and OWN_FILES.fullmatch(name):
+            (folder / name).unlink()
 
 
 # ── Reading ──────────────────────────────────────────────────────────────────────────────────────
@@ -718,7 +786,7 @@ class FeatureCache:
         return fields[:-1:3], np.array(fields[1::3]).astype(np.int64)
 
     def require_complete(self) -> None:
-        """Raise InputError while rows are not written yet or their index entries are damaged."""
+        """Raise InputError while rows are not written yet, or where index or shards are damaged."""
         for state, what, remedy in (
             (NOT_YET, "not extracted yet", ""),
             (DAMAGED, "damaged in index.npy", " --verify --repair"),
@@ -728,6 +796,7 @@ class FeatureCache:
                     f"{self.folder}: {count} of {len(self.states)} rows are {what}; run "
                     f"preprocess.py{remedy} with the same options to finish it"
                 )
+        self.layout.check_shards()
 
     def check_protocol(self, trials: Sequence[Trial]) -> None:
         """Raise InputError where the cache was made from another list of trials."""

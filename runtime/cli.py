@@ -185,7 +185,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_feature_folders(parser: argparse.ArgumentParser, what: str) -> None:
-    """-f and -f1, which three scripts know."""
+    """-f and -f1, which preprocess.py and main_train.py know."""
     for option, long_option, task, corpus in (
         ("-f", "--path_to_features", "codecfake", "Codecfake"),
         ("-f1", "--path_to_features1", "19LA", "19LA"),
@@ -199,9 +199,15 @@ def add_feature_folders(parser: argparse.ArgumentParser, what: str) -> None:
         )
 
 
-def feature_folder(args: argparse.Namespace, task: str) -> Path:
-    """The features of a task: as -f or -f1 say, or the default folder."""
+def feature_folder(args: argparse.Namespace, task: str, alone: bool) -> Path:
+    """The features of a corpus: as -f or -f1 say, or the default folder.
+
+    Args:
+        alone: no other corpus takes part; 19LA's folder may then be given as -f, too.
+    """
     given = {"codecfake": args.path_to_features, "19LA": args.path_to_features1}
+    if task == "19LA" and alone:
+        given[task] = given[task] or args.path_to_features
     return given[task] or FEATURE_FOLDERS[task]
 
 

@@ -136,7 +136,7 @@ def test_caches_have_the_bytes_of_one_process(
         20,
         *CPU,
     ]
-    xlsr = ["-d", corpora / "Codecfake", "--ssl", ssl_narrow, "--batch_size", 4, *CPU]
+    xlsr = ["-d", corpora / "Codecfake", "--ssl", ssl_narrow, "--any_size", "--batch_size", 4, *CPU]
     run(preprocess, [*mel, "-f", tmp_path / "one"])
     alone = capsys.readouterr().out
     run(preprocess, [*xlsr, "-f", tmp_path / "one"])
