@@ -477,17 +477,22 @@ def common_front_end(parts: Sequence[Features]) -> dict[str, Any]:
     return merged
 
 
-LA_NAME = re.compile(r"LA_[TDE]_\d+")
+# Names that only one corpus has.
+CORPUS_NAMES = {
+    "19LA": re.compile(r"LA_[TDE]_\d{7}"),
+    "codecfake": re.compile(r"F0\d_.+\.wav"),
+}
 
 
 def corpus_of(store: Features) -> str | None:
-    """Whose features these are: as recorded, or as the names tell; None where they do not."""
+    """Whose features these are: as recorded, or as a fake's name tells; None where neither does."""
     if "task" in store.about:
         return store.about["task"]
-    first = store.names[0]
-    if LA_NAME.match(first):
-        return "19LA"
-    return "codecfake" if first.endswith(".wav") else None
+    fakes = np.flatnonzero(store.labels == FAKE)
+    if not len(fakes):
+        return None
+    name = store.names[fakes[0]]
+    return next((task for task, form in CORPUS_NAMES.items() if form.match(name)), None)
 
 
 def in_order(stores: Sequence[StoredFeatures], tasks: Sequence[str]) -> list[StoredFeatures]:

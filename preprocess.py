@@ -396,8 +396,10 @@ def run_plan(
                 raise too_many_failed(n_failed_here, len(paths), args.max_failed, failures)
             positions = [i for i, row in enumerate(batch.rows) if not plan.done[row]]
             rows = [batch.rows[i] for i in positions]
-            outcome.decoders.update(batch.decoders[i] for i in positions)
+            decoders = [batch.decoders[i] for i in positions]
+            outcome.decoders.update(decoders)
             writer.note_rates(batch.rates)
+            writer.note_decoders(rows, decoders)
             writes.add(rows, features, positions, list(failures))
             bar.update(n_finished.add(len(rows) + len(failures)) - bar.n)
         writes.wait()
@@ -501,7 +503,6 @@ def finish(writer: CacheWriter, outcome: Outcome) -> None:
         joined.rates += of_rank.rates
         joined.decoders += of_rank.decoders
     writer.write_failures(joined.failures)
-    writer.add_decoders(joined.decoders)
     if len(joined.failures) == len(writer.trials):
         raise InputError(
             f"{writer.folder}: none of its {len(writer.trials)} files can be read; the last: "

@@ -8,7 +8,7 @@ One folder a part and front end, `<features>/<part>/<feat>/`:
     index.npy            for each row its CRC-32 and a guard word; all zero: not written yet
     failed.txt           the files that could not be read, if any, and why
     resampler.json       what converted clips that are not at 16 kHz; null where all are
-    decoders.json        which decoder read how many files
+    ffmpeg.txt           the files that ffmpeg read, if any; libsndfile read all others
 
 Row n is the n-th trial of the protocol, so writers need no lock, and resuming is a look at the
 index. A row is marked only when its bytes are on the disk, and each is checked whenever it is read.
@@ -37,7 +37,6 @@ import os
 import re
 import threading
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -50,6 +49,7 @@ import torch
 from torch import Tensor
 
 from formats.audio import RESAMPLER, SAMPLE_RATE
+from formats.decoders import FFMPEG
 from formats.protocols import FAKE, REAL, Trial
 from runtime import cli, files
 from runtime.cli import InputError
@@ -63,7 +63,8 @@ SQRT_STEPS = 127  # sqrt8: codes run from -127 to 127
 HALF_EXPONENT = np.uint16(0x7C00)  # float16: all bits of the exponent set is infinity or NaN
 ROUND_DOWN = np.float32(1 - 2**-23)  # no largest value decodes to infinity
 OWN_FILES = re.compile(
-    r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|decoders\.json|features_\d{5}\.npy|.+\.part"
+    r"\.lock|trials\.tsv|index\.npy|failed\.txt|resampler\.json|ffmpeg\.txt|"
+    r"features_\d{5}\.npy|.+\.part"
 )
 NOT_YET, DONE, FAILED, DAMAGED = range(4)
 _GUARD_BASE = {DONE: 0x5EED0D0E, FAILED: 0xBAD0F11E}
@@ -369,6 +370,7 @@ class CacheWriter:
         self._resampler = None
         if self.records_resampler():
             self._resampler = read_resampler(self.folder)
+        self._of_ffmpeg = read_ffmpeg_names(self.folder)
         self._index = os.open(self.folder / "index.npy", os.O_RDWR)
         self._index_header = len(_npy_header((len(trials), 2), np.uint32))
         self._unmarked: dict[int, int] = {}  # row -> CRC-32 of bytes not yet known to be on disk
@@ -392,14 +394,19 @@ class CacheWriter:
                 record_resampler(self.folder, RESAMPLER)
             self._resampler = RESAMPLER
 
-    def add_decoders(self, counts: dict[str, int]) -> None:
-        """Add to the record of which decoder read how many files."""
-        path = self.folder / "decoders.json"
-        known: Counter = Counter()
-        with suppress(FileNotFoundError, ValueError, TypeError):  # damaged, it is begun anew
-            known.update(json.loads(path.read_bytes()))
-        with files.atomic_write(path) as file:
-            json.dump(known + Counter(counts), file)
+    def note_decoders(self, rows: Sequence[int], decoders: Sequence[str]) -> None:
+        """Record what ffmpeg decoded, before it is stored.
+
+        Args:
+            rows: those that are written next.
+            decoders: of each, LIBSNDFILE or FFMPEG.
+        """
+        of_ffmpeg = [row for row, decoder in zip(rows, decoders, strict=True) if decoder == FFMPEG]
+        new = {self.trials[row].name for row in of_ffmpeg} - self._of_ffmpeg
+        if new:
+            self._of_ffmpeg |= new
+            with open(self.folder / "ffmpeg.txt", "a", encoding="utf-8") as file:
+                file.writelines(f"{name}\n" for name in sorted(new))
 
     def states(self) -> np.ndarray:
         """(N,) NOT_YET, DONE, FAILED or DAMAGED (the index entry itself)."""
@@ -577,6 +584,15 @@ def _create(folder: Path, meta: dict[str, Any], trials_text: bytes) -> None:
     record_resampler(folder, None)
     with files.atomic_write(folder / "cache.json") as file:
         json.dump(meta, file, indent=1)
+
+
+def read_ffmpeg_names(folder: str | Path) -> set[str]:
+    """Names of the trials whose files ffmpeg read."""
+    try:
+        text = (Path(folder) / "ffmpeg.txt").read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return set()
+    return set(text.splitlines())
 
 
 def record_resampler(folder: str | Path, resampler: str | None) -> None:

@@ -8,6 +8,8 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from conftest import make_codecfake, save_wav2vec2
 from test_pipeline import CPU, run
@@ -180,17 +182,29 @@ def test_none_of_the_files_can_be_read(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "f/train/mel") == [".lock"]
 
 
-def test_the_cache_records_what_decoded_its_files(features: Path) -> None:
-    record = json.loads((features / "LA/train/mel/decoders.json").read_text())
-    assert record == {"libsndfile": 8}
-
-
-def test_the_record_of_decoders_goes_on(corpora: Path, tmp_path: Path, features: Path) -> None:
-    cache = shutil.copytree(features / "Codecfake", tmp_path / "f") / "train/mel"
+def test_the_cache_records_what_ffmpeg_decoded(tmp_path: Path) -> None:
+    """Also across a repair, which reads a file a second time."""
+    root = make_codecfake(tmp_path / "Codecfake", n_real=2)
+    path = root / "train/strain_001.wav"
+    write_m4a(path)
+    command = ["-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU]
+    run(preprocess, *command)
+    cache = tmp_path / "f/train/mel"
+    assert (cache / "ffmpeg.txt").read_text() == "strain_001.wav\n"
+    assert not (tmp_path / "f/dev/mel/ffmpeg.txt").exists()
     with open(cache / "features_00000.npy", "r+b") as shard:
-        shard.seek(5000)
-        shard.write(b"damage")
-    run(preprocess, "-d", corpora / "Codecfake", "-f", tmp_path / "f", "--feat", "mel", *CPU,
-        "--verify", "--repair")  # fmt: skip
-    record = json.loads((cache / "decoders.json").read_text())
-    assert record == {"libsndfile": 13}  # one of the twelve was read twice
+        shard.seek(128)
+        shard.write(b"damage" * 100_000)
+    run(preprocess, *command, "--verify", "--repair")
+    assert (cache / "ffmpeg.txt").read_text() == "strain_001.wav\n"
+
+
+def write_m4a(path: Path) -> None:
+    """AAC in MP4, under whatever name: half a second of a tone."""
+    samples = np.sin(np.arange(8_000) / 10).astype(np.float32)[None] / 2
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+    frame.sample_rate = 16_000
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16_000)
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
