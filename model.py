@@ -78,6 +78,8 @@ class _MaxOfHalves(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (from_first,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # it cannot follow products written into slices
+            return torch.cat([grad * from_first, grad * from_first.logical_not()], dim=1)
         channels = grad.shape[1]
         out = grad.new_empty(grad.shape[0], 2 * channels, *grad.shape[2:])
         torch.mul(grad, from_first, out=out[:, :channels])

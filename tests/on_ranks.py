@@ -98,24 +98,32 @@ def norm_inputs(kind: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     return nn.Sequential(layer), torch.randn(shape) * 3 + offset, torch.randn(shape)
 
 
-def norm(folder: Path) -> None:
+def norm_compiled(folder: Path) -> None:
+    norm(folder, backend="aot_eager")
+
+
+def norm(folder: Path, backend: str | None = None) -> None:
     """This rank's part of a pass over each layer, then of one with the statistics frozen, then of
     one in eval mode.
+
+    Args:
+        backend: of torch.compile; None: nothing is compiled.
     """
     with ranks.process_group(torch.device("cpu")):
         for kind in NORMS:
             layer, x, factor = norm_inputs(kind)
             sync_batchnorms(layer)
+            network = torch.compile(layer, backend=backend) if backend else layer
             x, factor = ranks.shard(x).requires_grad_(), ranks.shard(factor)
-            out = layer(x)
+            out = network(x)
             (out * factor).sum().backward()
             with main_train.frozen_batchnorm(layer):
-                again = layer(x)
+                again = network(x)
             torch.save(
                 {
                     "out": out,
                     "again": again,
-                    "eval": layer.eval()(x),
+                    "eval": network.eval()(x),
                     "x": x.grad,
                     "state": layer.state_dict(),
                     "parameters": [p.grad for p in layer.parameters()],
@@ -127,7 +135,7 @@ def norm(folder: Path) -> None:
 if __name__ == "__main__":
     case = {
         function.__name__: function
-        for function in (commands, exactly, slow_second_rank, interrupted, norm)
+        for function in (commands, exactly, slow_second_rank, interrupted, norm, norm_compiled)
     }[sys.argv[1]]
     ranks.run(
         lambda: case(Path(sys.argv[2]), *sys.argv[3:]), if_stopped="run the same command again"

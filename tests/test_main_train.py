@@ -112,6 +112,44 @@ def test_batchnorm_statistics_are_left_alone_in_the_second_pass() -> None:
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize(
+    "build, backend",
+    [(lambda: model.LCNN("mel"), "aot_eager"), (model.W2VAASIST, "eager")],
+    ids=["LCNN", "W2VAASIST"],
+)
+def test_three_steps_of_a_compiled_head_are_those_of_the_plain_one(
+    build: Callable[[], nn.Module], backend: str, monkeypatch
+) -> None:
+    """With SAM, as one graph: the losses, and the weights to which the gradients led. aot_eager
+    traces the backward pass too, which LCNN writes by hand; it takes a minute for W2VAASIST.
+    """
+    monkeypatch.setattr(main_train, "COMPILER", backend)
+    torch.manual_seed(0)
+    plain = without_dropout(build())
+    other = copy.deepcopy(plain)
+    frames, dim = FEATURE_SHAPES[plain.feat]
+    features, labels = torch.randn(3, 4, frames, dim), torch.tensor([0, 1, 1, 0])
+    losses = []
+    for head, network in ((plain, plain), (other, main_train.CompiledHead(other, 4))):
+        optimiser = torch.optim.SGD(head.parameters(), lr=0.01)
+        steps = [train_step(network, optimiser, x, labels, SAM) for x in features]
+        losses.append(torch.stack(steps))
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-6, rtol=0)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_of_the_larger_half_is_the_same_compiled() -> None:
+    x, grad = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 3, 4)
+    x[:, 3] = x[:, 0]  # a tie goes to the first half
+    gradients = []
+    for layer in (model.MaxFeatureMap2D(), torch.compile(model.MaxFeatureMap2D(), backend="eager")):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).backward(grad)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 # ── Runs ──
 
 
@@ -561,6 +599,21 @@ def test_bfloat16_keeps_the_loss_and_the_direction_of_the_gradient(
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert F.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+def test_a_compiled_run_leaves_the_weights_of_a_plain_one(
+    features, tmp_path: Path, monkeypatch
+) -> None:
+    """Under the same names; the last batch is a short one."""
+    monkeypatch.setattr(main_train, "COMPILER", "aot_eager")
+    options = ("--num_epochs", "1", "--batch_size", "3")
+    plain = train(features, tmp_path / "plain", *options, task="19LA")
+    compiled = train(features, tmp_path / "compiled", *options, "--compile", task="19LA")
+    expected = model.load_head(plain).state_dict()
+    found = torch_files.load(compiled / model.WEIGHTS)["state_dict"]
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
 
 
 def test_a_run_in_bfloat16_leaves_float32_weights(features, tmp_path: Path) -> None:

@@ -346,8 +346,10 @@ def test_a_run_of_two_ranks_goes_on_as_one(trained: Path, features: Path, tmp_pa
     assert [json.loads(line)["epoch"] for line in records] == [1, 2, 3]
 
 
-def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path) -> None:
-    on_ranks(tmp_path, "norm")
+@pytest.mark.parametrize("case", ["norm", "norm_compiled"])
+def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path, case: str) -> None:
+    """Also inside a network that is compiled: were it compiled itself, gradients would be wrong."""
+    on_ranks(tmp_path, case)
     for kind in NORMS:
         layer, x, factor = norm_inputs(kind)
         x.requires_grad_()
@@ -384,6 +386,13 @@ def test_synced_batchnorm_is_batchnorm_of_the_joint_batch(tmp_path: Path) -> Non
 
 
 # ── Mistakes ──
+
+
+def test_a_head_that_several_processes_train_is_not_compiled(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(ranks, "_size", 2)
+    with pytest.raises(SystemExit):
+        main_train.parse(["-t", "19LA", "--compile"])
+    assert "--compile is for one process, here are 2" in capsys.readouterr().err
 
 
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
