@@ -494,7 +494,7 @@ def store(
 
 def finish(writer: CacheWriter, outcome: Outcome) -> None:
     """Gather what the ranks came across; list it beside the cache and say it."""
-    outcomes = ranks.gather(outcome)
+    outcomes = ranks.gather_to_first(outcome)
     if not ranks.is_first():
         return
     joined = Outcome({}, Counter(), Counter())
