@@ -380,6 +380,7 @@ def run_plan(
     n_failed_here = 0
     paths = [trial.path for trial in writer.trials]
     dtype = torch.float16 if writer.layout.dtype == "float16" else torch.float32
+    front_end.expect(len(paths))
     hide_bar = not plan.n_todo or not ranks.is_first()
     with (
         tqdm(total=plan.n_todo, unit="clip", desc=part, disable=hide_bar) as bar,

@@ -35,5 +35,8 @@ class FrontEnd(nn.Module):
         """
         return {"feat": self.feat, "clip_samples": CLIP_SAMPLES, "sample_rate": SAMPLE_RATE}
 
+    def expect(self, n_clips: int) -> None:
+        """Take time now for what pays over so many clips; the base class knows of nothing."""
+
     def train(self, mode: bool = True) -> FrontEnd:
         return super().train(False)  # layerdrop would remove blocks, dropout would add noise

@@ -13,6 +13,7 @@ from formats.audio import CLIP_SAMPLES
 from formats.torch_files import digest
 from frontends.base import FEATURE_SHAPES, FrontEnd
 from frontends.xlsr import TimeMajorEncoder
+from runtime import cli
 from runtime.cli import InputError
 from runtime.devices import SIXTEEN_BITS, autocast
 
@@ -20,6 +21,9 @@ DEFAULT_SSL = "facebook/wav2vec2-xls-r-300m"
 LAYER = 5  # hidden state that the heads see; entry 0 is what enters the first block
 # Kernels and strides of all published wav2vec 2.0: 201 frames from 64,600 samples.
 KERNELS, STRIDES = (10, 3, 3, 3, 3, 2, 2), (5, 2, 2, 2, 2, 2, 2)
+# Clips of a corpus; compiling takes 10 to 30 s (an estimate). Not those left to compute: a resumed
+# run rounds as an unbroken one does.
+FUSE_FROM = 20_000
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.h5")
 LFS_POINTER = b"version https://git-lfs"
 
@@ -61,6 +65,15 @@ class XLSR(FrontEnd):
         variance = clips.var(dim=1, keepdim=True, correction=0)
         clips = (clips - mean) / torch.sqrt(variance + 1e-7)
         return self.encoder(clips)  # (B, 201, 1024)
+
+    def expect(self, n_clips: int) -> None:
+        """On a GPU, fuse the norms and GELUs of the convolutions for so many clips."""
+        on_gpu = next(self.buffers()).is_cuda
+        if not on_gpu or n_clips < FUSE_FROM or not isinstance(self.encoder, TimeMajorEncoder):
+            return
+        reason = self.encoder.fuse()
+        if reason:
+            cli.echo(f"note: norms and GELUs are not fused, which takes longer ({reason})")
 
     def fingerprint(self) -> dict[str, Any]:
         return super().fingerprint() | {
