@@ -231,8 +231,8 @@ def count_kernels(run: Run, work: Callable[[], Any]) -> int:
         work()
         synchronise(run)
     events = [event for event in profiler.key_averages() if event.device_type == device]
-    moves = ("Memcpy", "Memset")
-    return sum(event.count for event in events if not event.key.startswith(moves))
+    others = ("Memcpy", "Memset", "Optimizer.")  # copies, and what torch calls a whole step
+    return sum(event.count for event in events if not event.key.startswith(others))
 
 
 def find_waits(run: Run, work: Callable[[], Any]) -> str:
@@ -284,7 +284,8 @@ def _software() -> str:
 
 
 def _nvidia_smi(run: Run, query: str) -> str:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={run.gpu}"]
+    uuid = torch.cuda.get_device_properties(run.device).uuid  # --gpu counts the visible ones
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id=GPU-{uuid}"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     return done.stdout.strip()
 
@@ -406,8 +407,8 @@ def extraction(run: Run) -> None:
         pairs.append(("bf16", run.sizes.batches[-1]))
     for precision, size in pairs:
         table.row(f"{precision}, {size}", lambda pair=(precision, size): _extraction(run, *pair))
-    waits = run.table("Waits for the GPU", "call", "places")
     if run.on_gpu:
+        waits = run.table("Waits for the GPU in extraction", "call", "places")
         waits.row("extraction of 256 clips, fp32", lambda: [_waits_of_extraction(run)])
     decoding = run.table("Decoding", "workers", "files/s")
     workers = preprocess.parse([]).num_workers
