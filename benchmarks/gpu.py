@@ -650,26 +650,34 @@ def _plain_step(run: Run, name: str, feat: str) -> float:
 
 
 def compiled(run: Run) -> None:
-    """Heads under torch.compile; last, since compiling may take minutes."""
+    """Heads as main_train.py --compile has them, and W2V2-AASIST replayed as a CUDA graph; last,
+    since compiling may take minutes.
+    """
     columns = ("clips/s", "ms a step", "kernels", "peak GB")
     table = run.table("Training steps, compiled", "head, precision, mode", *columns)
-    for mode in ("default", "reduce-overhead"):
-        for precision in ("tf32", "bf16") if run.on_gpu else ("fp32",):
-            table.row(
-                f"W2VAASIST, {precision}, {mode}",
-                lambda mode=mode, precision=precision: _step(
-                    run, "W2VAASIST", "xls-r-5", precision, False, _compiler(run, mode)
-                ),
-            )
-            if run.quick:
-                return
+    precisions = ("bf16", "tf32") if run.on_gpu else ("fp32",)
+    for mode, heads in (("--compile", HEADS), ("CUDA graph", HEADS[:1])):
+        for precision in precisions:
+            for name, feat in heads:
+                step = (name, feat, precision, False, COMPILED[mode])
+                table.row(f"{name}, {precision}, {mode}", lambda step=step: _step(run, *step))
 
 
-def _compiler(run: Run, mode: str) -> Callable[[nn.Module], Callable]:
+def _compile(head: nn.Module) -> Callable:
     torch._dynamo.reset()
-    if not run.on_gpu:  # traced only: a C++ compiler may be absent, and takes minutes
-        return lambda head: torch.compile(head, backend="eager")
-    return lambda head: torch.compile(head, mode=None if mode == "default" else mode)
+    if not next(head.parameters()).is_cuda:  # traced only: a C++ compiler may be absent
+        return torch.compile(head, backend="eager")
+    return main_train.compile_head(head)
+
+
+def _graph(head: nn.Module) -> Callable:
+    torch._dynamo.reset()
+    if not next(head.parameters()).is_cuda:
+        return head
+    return torch.compile(head, mode="reduce-overhead", fullgraph=True, dynamic=False)
+
+
+COMPILED = {"--compile": _compile, "CUDA graph": _graph}
 
 
 # (planned seconds, part), in this order
