@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ import frontends
 from formats import audio, torch_files
 from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
 from formats.decoders import FFMPEG
-from formats.feature_cache import FeatureCache
+from formats.feature_cache import EIGHT_BITS, FeatureCache, decode_codes
 from formats.protocols import FAKE, REAL, Trial, read_protocol
 from frontends import FEATURE_SHAPES, FrontEnd
 from runtime import cli, devices, limits
@@ -51,6 +51,7 @@ TRAIN_TASKS = {  # what -t trains on -> its corpora, in the order of their rows
     "co-train": ("codecfake", "19LA"),
 }
 CO_TRAIN_FOLDERS = {"codecfake": "Codecfake", "19LA": "LA"}  # below -d
+CPU = torch.device("cpu")
 CLIP_BYTES = 4 * CLIP_SAMPLES
 PREFETCHED = 2  # batches that a worker makes ahead
 FAULT_LENGTH = 256  # bytes
@@ -390,21 +391,37 @@ class JoinedFeatures:
         return self.parts[part].names[row - self._starts[part]]
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        values = self._join(rows, lambda part, rows: part.read(rows)[0])
+        return values, torch.from_numpy(self.labels[rows])
+
+    def has_codes(self) -> bool:
+        """Whether all parts are caches in one of the 8-bit forms."""
+        return self.dtype in EIGHT_BITS.values() and len({p.dtype for p in self.parts}) == 1
+
+    def read_codes(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Rows as they are stored, for feature_cache.decode_codes(), and labels."""
+        values = self._join(rows, lambda part, rows: torch.from_numpy(part.read_stored(rows)))
+        return values, torch.from_numpy(self.labels[rows])
+
+    def _join(
+        self, rows: np.ndarray, read: Callable[[StoredFeatures, np.ndarray], Tensor]
+    ) -> Tensor:
+        """What `read` gives of each part's own rows, in the order of `rows`."""
         part_of = self._part_of(rows)
         if (part_of == part_of[0]).all():
-            return self.parts[part_of[0]].read(rows - self._starts[part_of[0]])
+            return read(self.parts[part_of[0]], rows - self._starts[part_of[0]])
         numbers = np.unique(part_of)
         positions = [np.flatnonzero(part_of == number) for number in numbers]
         pieces = [
-            self.parts[number].read(rows[where] - self._starts[number])[0]
+            read(self.parts[number], rows[where] - self._starts[number])
             for number, where in zip(numbers, positions, strict=True)
         ]
         if len({piece.dtype for piece in pieces}) > 1:
             pieces = [piece.float() for piece in pieces]
-        features = torch.empty(len(rows), *self.shape, dtype=pieces[0].dtype)
+        values = torch.empty(len(rows), *pieces[0].shape[1:], dtype=pieces[0].dtype)
         for where, piece in zip(positions, pieces, strict=True):
-            features[where] = piece
-        return features, torch.from_numpy(self.labels[rows])
+            values[where] = piece
+        return values
 
     def _part_of(self, rows: np.ndarray | int) -> np.ndarray | int:
         return np.searchsorted(self._starts, rows, side="right") - 1
@@ -549,7 +566,10 @@ def corpus_folder(root: Path | None, train_task: str, task: str) -> Path:
 
 
 def read_ahead(
-    features: Features, batches: Sequence[np.ndarray], threads: int, pin: bool = False
+    features: Features,
+    batches: Sequence[np.ndarray],
+    threads: int,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features and labels of each batch in order, read by threads while the caller computes.
 
@@ -559,16 +579,43 @@ def read_ahead(
 
     Args:
         threads: 0 reads in the caller's own thread.
-        pin: hand both on in pinned memory, from which a GPU copies while it computes.
+        device: where both are handed on. To a GPU they go from pinned memory while it computes, and
+            8-bit codes are decoded there.
     """
     if isinstance(features, OnlineFeatures):
         yield from features.compute_ahead(batches, threads)
-        return
+    elif not is_gpu(device):
+        yield from _read_in_threads(features.read, batches, threads)
+    else:
+        yield from _read_to_gpu(features, batches, threads, device)
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _read_to_gpu(
+    features: Features, batches: Sequence[np.ndarray], threads: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    has_codes = isinstance(features, JoinedFeatures) and features.has_codes()
 
     def read(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        values, labels = features.read(rows)
-        return (values.pin_memory(), labels.pin_memory()) if pin else (values, labels)
+        values, labels = features.read_codes(rows) if has_codes else features.read(rows)
+        return values.pin_memory(), labels.pin_memory()
 
+    for values, labels in _read_in_threads(read, batches, threads):
+        values = values.to(device, non_blocking=True)
+        if has_codes:
+            values = decode_codes(values, features.dtype, features.shape)
+        yield values, labels.to(device, non_blocking=True)
+
+
+def _read_in_threads(
+    read: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+    batches: Sequence[np.ndarray],
+    threads: int,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `read` gives of each batch, in order."""
     if threads == 0:
         for rows in batches:
             cli.stop_if_asked()

@@ -734,10 +734,10 @@ class StepLosses:
 def read_shards(
     train: JoinedFeatures, batches: Sequence[np.ndarray], num_workers: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's features and labels of each batch, read ahead."""
+    """This rank's features and labels of each batch on the device, read ahead."""
     # A rank that has no row of a short last batch reads one all the same, for its shape.
     shards = [rows[:1] if ranks.rank() >= len(rows) else ranks.shard(rows) for rows in batches]
-    return dataset.read_ahead(train, shards, num_workers, pin=device.type == "cuda")
+    return dataset.read_ahead(train, shards, num_workers, device)
 
 
 def shard_step(
@@ -757,11 +757,9 @@ def shard_step(
     Returns:
         A function that waits for the global batch's loss.
     """
-    device = next(network.parameters()).device
     count = len(ranks.shard(batch_labels))
     total_weight = total_class_weight(batch_labels) if ranks.size() > 1 else None
-    features = features[:count].to(device, non_blocking=True).float()
-    labels = labels[:count].to(device, non_blocking=True)
+    features, labels = features[:count].float(), labels[:count]
     loss = train_step(
         network, optimiser, features, labels, sharpness_of(args), args.precision, total_weight
     )
@@ -816,7 +814,7 @@ def evaluate(
     shards = ranks.shard(batches)  # whole batches: those that one process computes
     # They stay on the device, which need not wait for the host to take them.
     logits = torch.zeros(len(rows), 2, device=device)
-    reading = dataset.read_ahead(dev, shards, args.num_workers, pin=device.type == "cuda")
+    reading = dataset.read_ahead(dev, shards, args.num_workers, device)
     with devices.memory_advice(args.batch_size):
         for shard, (features, _) in zip(
             shards,
@@ -830,9 +828,8 @@ def evaluate(
             ),
             strict=True,
         ):
-            features = features.to(device, non_blocking=True).float()
             with devices.autocast(args.precision, device):
-                outputs = head(features)[1]
+                outputs = head(features.float())[1]
             logits[shard[0] : shard[-1] + 1] = outputs.float()
     # Each row is zero on all ranks but one.
     logits = sum(ranks.gather_to_first(logits.double().cpu().numpy()))

@@ -451,17 +451,15 @@ def _train_from_cache(s: Setting) -> tuple[float, float, int]:
     cache = common.make_cache(_new_folder(s), rows)
     order = dataset.shuffled_batches([len(cache.labels)], s.batch, 0, 1)
     began, waited = time.perf_counter(), 0.0
-    batches = read_ahead(
-        cache, order, main_train.parse(["-t", "codecfake"]).num_workers, pin=device.type == "cuda"
-    )
+    workers = main_train.parse(["-t", "codecfake"]).num_workers
+    batches = read_ahead(cache, order, workers, device)
     while True:
         asked = time.perf_counter()
         features, labels = next(batches, (None, None))
         waited += time.perf_counter() - asked
         if features is None:
             break
-        features = features.to(device, non_blocking=True).float()
-        float(main_train.train_step(head, optimiser, features, labels.to(device)))
+        float(main_train.train_step(head, optimiser, features.float(), labels))
     return time.perf_counter() - began, waited, len(cache.labels)
 
 

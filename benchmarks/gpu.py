@@ -491,7 +491,7 @@ def caching(run: Run) -> None:
     def read() -> float:
         order = dataset.shuffled_batches([rows], run.sizes.step, 0, 1)
         start = time.perf_counter()
-        count = sum(len(x) for x, _ in read_ahead(cache, order, 8, pin=run.on_gpu))
+        count = sum(len(x) for x, _ in read_ahead(cache, order, 8, run.device))
         return count / (time.perf_counter() - start)
 
     common.forget(shards)

@@ -191,6 +191,26 @@ def decode(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(features)
 
 
+def decode_codes(stored: Tensor, dtype: str, shape: tuple[int, int]) -> Tensor:
+    """decode() of 8-bit rows on the device that holds them, equal to the bit.
+
+    Args:
+        stored: the bytes of rows, (B, row_type(dtype, shape).itemsize) uint8.
+
+    Returns:
+        (B, frames, dim) float32.
+    """
+    n_scales = stored.shape[1] - shape[0] * shape[1]  # their bytes stand before the codes
+    scales = stored[:, :n_scales].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    code = stored[:, n_scales:].view(torch.int8 if dtype == "sqrt8" else torch.uint8)
+    code = code.unflatten(1, shape).float()
+    if dtype == "sqrt8":
+        return code.mul_(code.abs()).mul_(scales.unsqueeze(2))
+    low, step = scales.unsqueeze(1).chunk(2, dim=2)  # each (B, 1, dim)
+    # Two steps, as on the host: a fused product and sum would round once only.
+    return code.mul_(step).add_(low)
+
+
 def _finite(rows: np.ndarray) -> np.ndarray:
     """(B,) whether all values of each row are; the scales show it for their codes."""
     if rows.dtype == np.float16:
@@ -824,6 +844,12 @@ class FeatureCache:
             )
 
     def read(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        stored = self.read_stored(rows)
+        as_rows = stored.view(self.layout.row.base).reshape(len(rows), *self.layout.row.shape)
+        return decode(as_rows), torch.from_numpy(self.labels[rows])
+
+    def read_stored(self, rows: np.ndarray) -> np.ndarray:
+        """The bytes of rows as they lie on the disk, checked: (B, bytes of a row) uint8."""
         own = self.usable[rows]
         stored = np.empty((len(own), self.layout.row_bytes), np.uint8)
         for position in np.argsort(own, kind="stable"):
@@ -832,8 +858,7 @@ class FeatureCache:
                     f"{self.layout.shard_path(own[position] // self.layout.rows_per_shard)}: row "
                     f"{own[position]} ({self.all_names[own[position]]}) is damaged; {_REPAIR}"
                 )
-        as_rows = stored.view(self.layout.row.base).reshape(len(own), *self.layout.row.shape)
-        return decode(as_rows), torch.from_numpy(self.labels[rows])
+        return stored
 
     def damaged_rows(self, progress: Iterable[int] | None = None) -> list[int]:
         """Every row whose bytes or index entry are not what was written.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPO
 
+import dataset
 import model
 from benchmarks import bench_writer
 from benchmarks.plain import PlainWriter
@@ -470,15 +471,37 @@ def test_reading_ahead_equals_reading(folder: Path, threads: int) -> None:
 def test_features_are_pinned_for_a_gpu(
     folder: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: tensor + 1
-    )  # there is no GPU to pin for
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no GPU
     cache, rows = FeatureCache(folder), np.array([3, 1])
-    (plain, _), (pinned, _) = (
-        *read_ahead(cache, [rows], threads),
-        *read_ahead(cache, [rows], threads, pin=True),
-    )
-    assert torch.equal(pinned, plain + 1)
+    plain, labels = next(read_ahead(cache, [rows], threads))
+    monkeypatch.setattr(dataset, "is_gpu", lambda device: True)
+    pinned, pinned_labels = next(read_ahead(cache, [rows], threads))
+    assert torch.equal(pinned, plain + 1) and torch.equal(pinned_labels, labels + 1)
+
+
+@pytest.mark.parametrize("dtype", ["affine8", "sqrt8"])
+def test_codes_that_a_gpu_decodes_have_the_bits_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Of two caches as one, whose rows do not end at whole words."""
+    parts = []
+    for number in range(2):
+        values = np.random.default_rng(number).normal(0, 2, (len(TRIALS), 5, 3)).astype(np.float32)
+        cache = writer(tmp_path / str(number), shape=(5, 3), dtype=dtype)
+        cache.write(range(len(TRIALS)), values * np.float32(10.0) ** np.arange(-20, 20, 16))
+        cache.close()
+        parts.append(FeatureCache(tmp_path / str(number)))
+    both = JoinedFeatures(parts)
+    batches = [np.array([11, 3, 0, 15]), np.array([4]), np.array([1, 2])]
+    expected = list(read_ahead(both, batches, 2))
+    monkeypatch.setattr(dataset, "is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(feature_cache, "decode", None)
+    found = list(read_ahead(both, batches, 2))
+    for (values, labels), (wanted, wanted_labels) in zip(found, expected, strict=True):
+        assert values.dtype == torch.float32 and values.shape == wanted.shape
+        assert values.numpy().tobytes() == wanted.numpy().tobytes()
+        assert torch.equal(labels, wanted_labels)
 
 
 def test_joined_parts_number_their_rows_on(folder: Path, values: np.ndarray) -> None:

@@ -255,6 +255,20 @@ def test_eight_bit_features_train_as_exact_ones_do(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses[1], losses[0], atol=0.1)
 
 
+def test_codes_decoded_in_the_loop_train_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, for which rows stay codes until they are there."""
+    features = make_features(tmp_path / "sqrt8", 8, 0, dtype="sqrt8")
+    options = ("--num_epochs", "1")
+    expected = train((features, features), tmp_path / "host", *options)
+    monkeypatch.setattr(dataset, "is_gpu", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(dataset.JoinedFeatures, "read", None)
+    found = train((features, features), tmp_path / "device", *options)
+    assert weights(found) == weights(expected)
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_a_run_goes_on_in_the_middle_of_an_epoch(
     features, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int
