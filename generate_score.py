@@ -21,9 +21,10 @@ import hashlib
 import json
 import os
 import sys
+import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -38,6 +39,8 @@ import frontends
 import model
 from dataset import FAKE, REAL, ClipBatch, Trial
 from formats import audio, partial_scores, protocols, score_files, torch_files
+from formats.audio import Inspection
+from formats.partial_scores import Kept
 from frontends import DEFAULT_SSL, FrontEnd
 from runtime import devices, ranks
 from runtime.cli import InputError
@@ -46,8 +49,9 @@ from runtime.provenance import run_info
 
 RECORDINGS = set(
     ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .m4a .mp4 .aac .webm .wma .mka .amr .3gp "
-    ".w64 .sph .wv".split()
+    ".w64 .sph .wv .dat .m4b .mp2 .ac3 .ape .tta .snd .voc .mov .avi .ts".split()
 )
+KEEP_EVERY = 600  # seconds; what a kill in the middle of a subset costs at most
 THRESHOLD = 0.5  # of the verdict on a person's own recordings
 
 
@@ -180,7 +184,15 @@ class Scored:
     logits: np.ndarray  # (N, heads, 2) float64, NaN where a file could not be read
     failures: dict[int, str] = field(default_factory=dict)  # position in the list -> reason
     rates: Counter = field(default_factory=Counter)  # sampling rate in Hz -> number of files
-    decoders: Counter = field(default_factory=Counter)  # what read them -> number of files
+    decoders: list[str] = field(default_factory=list)  # what read each file; empty: unknown yet
+
+    @classmethod
+    def nothing(cls, n_files: int, n_heads: int) -> Scored:
+        """Of files that are still to be scored."""
+        return cls(np.full((n_files, n_heads, 2), np.nan), decoders=[""] * n_files)
+
+
+Keep = Callable[[str, Scored], None]
 
 
 class Scorer:
@@ -201,6 +213,10 @@ class Scorer:
         # What kept scores are bound to; a digest reads all weights, so each is made once.
         self.made_by = list(map(self._made_by, self.heads, self.front_end_of))
 
+    def gflop_a_clip(self) -> float:
+        of_heads = sum(model.GFLOP_A_CLIP[head.name, head.feat] for head in self.heads)
+        return of_heads + sum(frontends.GFLOP_A_CLIP[feat] for feat, _ in self.front_ends)
+
     def _front_end(self, name: str, head: nn.Module, ssl: str | None) -> tuple[str, str | None]:
         """The key of the head's front end, loaded once and held against the head's own record."""
         source = None
@@ -210,6 +226,11 @@ class Scorer:
         if key not in self.front_ends:
             front_end = self._load_front_end(name, head, source, recorded=not ssl)
             self.front_ends[key] = front_end.to(self.device)
+        if source and not head.info.get("front_end"):
+            cli.echo(
+                f"note: {name}: these weights do not record their front end; nothing can check "
+                f"that it was {source}"
+            )
         fingerprint = self.front_ends[key].fingerprint()
         for what, trained_on in head.info.get("front_end", {}).items():
             if fingerprint.get(what, trained_on) != trained_on:
@@ -242,9 +263,13 @@ class Scorer:
         }
         return json.dumps(about, sort_keys=True)
 
-    @torch.inference_mode()
     def logits(self, clips: Tensor) -> np.ndarray:
         """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
+        return self.start(clips)()
+
+    @torch.inference_mode()
+    def start(self, clips: Tensor) -> Callable[[], np.ndarray]:
+        """Start computing logits(); returns a function that waits for them."""
         with devices.memory_advice(self.batch_size):
             padded = devices.pad_batch(clips, self.batch_size, self.device)
             features = {key: front_end(padded) for key, front_end in self.front_ends.items()}
@@ -258,9 +283,11 @@ class Scorer:
                 for values in features.values():
                     finite = torch.isfinite(values).flatten(1).all(dim=1)
                     stacked = stacked.where(finite[:, None, None], torch.nan)
-        return stacked[: len(clips)].double().cpu().numpy()
+        return devices.copy_to_host(stacked[: len(clips)].double())
 
-    def score_files(self, lists: dict[str, Sequence[str]], num_workers: int) -> Iterator[Scored]:
+    def score_files(
+        self, lists: dict[str, Sequence[str]], num_workers: int, keep: Keep | None = None
+    ) -> Iterator[Scored]:
         """Score lists of audio files; the ranks share the files.
 
         Each distinct clip is computed once: C1..C6, whose real clips are the same files, share
@@ -269,6 +296,8 @@ class Scorer:
 
         Args:
             lists: paths, under the name on the progress bar.
+            keep: is handed the name of a list and this rank's scores of it, every KEEP_EVERY
+                seconds and when an error or a signal ends the run.
 
         Yields:
             A Scored for each list, the same on all ranks.
@@ -277,9 +306,9 @@ class Scorer:
         plan = self._plan(lists, paths)
         batches = [batch for part in plan for batch in part.batches]
         decoded = dataset.clip_batches(paths, batches, num_workers, with_digests=True)
-        known: dict[bytes, np.ndarray] = {}  # digest of a clip -> logits (heads, 2)
+        computed = _Computed(self.start, self.batch_size)
         for part in plan:
-            yield gather(self._score_part(part, decoded, known))
+            yield gather(self._score_part(part, decoded, computed, keep))
 
     def _plan(self, lists: dict[str, Sequence[str]], paths: Sequence[str]) -> list[Part]:
         plan, start = [], 0
@@ -299,39 +328,61 @@ class Scorer:
         return [row for row in rows if _rank_of(paths[row]) == ranks.rank()]
 
     def _score_part(
-        self, part: Part, decoded: Iterator[ClipBatch], known: dict[bytes, np.ndarray]
+        self,
+        part: Part,
+        decoded: Iterator[ClipBatch],
+        computed: _Computed,
+        keep: Keep | None,
     ) -> Scored:
         """This rank's rows of one list; the logits of the others are NaN."""
-        scored = Scored(np.full((len(part.rows), len(self.heads), 2), np.nan))
-        digests: list[bytes | None] = [None] * len(part.rows)
-        waiting: dict[bytes, Tensor] = {}
+        scored = Scored.nothing(len(part.rows), len(self.heads))
+        digests: list[bytes | None] = [None] * len(part.rows)  # of each file's clip
+        kept_at = time.monotonic()
         n_finished = ranks.SharedCounter()
         with tqdm(
             total=len(part.rows), unit="clip", desc=part.label, disable=not ranks.is_first()
         ) as bar:
-            for _ in part.batches:
-                batch = next(decoded)
-                scored.rates.update(batch.rates)
-                scored.decoders.update(batch.decoders)
-                for row, reason in batch.failures.items():
-                    scored.failures[row - part.rows.start] = reason
-                    tqdm.write(cli.printable(f"{part.label}: {reason}"), file=sys.stderr)
-                for row, clip, digest in zip(batch.rows, batch.clips, batch.digests, strict=True):
-                    digests[row - part.rows.start] = digest
-                    if digest not in known:
-                        waiting[digest] = clip
-                    if len(waiting) == self.batch_size:
-                        self._compute(waiting, known)
-                bar.update(n_finished.add(len(batch.rows) + len(batch.failures)) - bar.n)
-            self._compute(waiting, known)
+            try:
+                for _ in part.batches:
+                    batch = next(decoded)
+                    self._take(part, batch, scored, digests, computed)
+                    bar.update(n_finished.add(len(batch.rows) + len(batch.failures)) - bar.n)
+                    if keep and time.monotonic() - kept_at > KEEP_EVERY:
+                        computed.fill(scored, digests)
+                        keep(part.label, scored)
+                        kept_at = time.monotonic()
+                computed.finish()
+            except BaseException:
+                computed.fill(scored, digests)
+                if keep:
+                    keep(part.label, scored)
+                raise
             ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
             bar.update(n_finished.add() - bar.n)
+        computed.fill(scored, digests)
         for position, digest in enumerate(digests):
-            if digest is not None:
-                scored.logits[position] = known[digest]
-                if np.isnan(known[digest]).any():
-                    scored.failures[position] = self._refusal(part.files[position])
+            if digest is not None and np.isnan(scored.logits[position]).any():
+                scored.failures[position] = self._refusal(part.files[position])
         return scored
+
+    def _take(
+        self,
+        part: Part,
+        batch: ClipBatch,
+        scored: Scored,
+        digests: list[bytes | None],
+        computed: _Computed,
+    ) -> None:
+        """Note what was decoded, and hand its clips on."""
+        scored.rates.update(batch.rates)
+        for row, reason in batch.failures.items():
+            scored.failures[row - part.rows.start] = reason
+            tqdm.write(cli.printable(f"{part.label}: {reason}"), file=sys.stderr)
+        for number, row in enumerate(batch.rows):
+            position = row - part.rows.start
+            scored.decoders[position] = sys.intern(batch.decoders[number])
+            digests[position] = batch.digests[number]
+            computed.add(batch.digests[number], batch.clips[number])
 
     def _refusal(self, path: str) -> str:
         """One line about a file whose logits are NaN."""
@@ -340,12 +391,55 @@ class Scorer:
             advice = "fp16 ends at 65504: give --precision bf16 or fp32"
         return f"{path}: not scored, its features or logits are not finite; {advice}"
 
-    def _compute(self, waiting: dict[bytes, Tensor], known: dict[bytes, np.ndarray]) -> None:
-        """Move the clips that wait into `known`, as logits."""
-        if waiting:
-            logits = self.logits(torch.stack(list(waiting.values())))
-            known.update(zip(waiting, logits, strict=True))
-            waiting.clear()
+
+class _Computed:
+    """The logits of every distinct clip; a GPU computes one batch while the next is gathered.
+
+    Args:
+        start: Scorer.start().
+        batch_size: clips that are computed together.
+    """
+
+    def __init__(self, start: Callable[[Tensor], Callable[[], np.ndarray]], batch_size: int):
+        self._start, self._batch_size = start, batch_size
+        self._logits: dict[bytes, np.ndarray | None] = {}  # None: not computed yet
+        self._waiting: dict[bytes, Tensor] = {}
+        self._started: tuple[list[bytes], Callable[[], np.ndarray]] | None = None
+
+    def add(self, digest: bytes, clip: Tensor) -> None:
+        """Have a clip computed that is not known yet."""
+        if digest in self._logits:
+            return
+        self._logits[digest] = None
+        self._waiting[digest] = clip
+        if len(self._waiting) == self._batch_size:
+            self._start_batch()
+
+    def finish(self) -> None:
+        """Compute what waits, and wait for all."""
+        if self._waiting:
+            self._start_batch()
+        self._settle()
+
+    def fill(self, scored: Scored, digests: Sequence[bytes | None]) -> None:
+        """Put what is known of each file's clip into its row."""
+        for position, digest in enumerate(digests):
+            logits = self._logits.get(digest)
+            if logits is not None:
+                scored.logits[position] = logits
+
+    def _start_batch(self) -> None:
+        digests, clips = list(self._waiting), torch.stack(list(self._waiting.values()))
+        self._waiting.clear()
+        wait = self._start(clips)
+        self._settle()  # the batch before, while this one is computed
+        self._started = digests, wait
+
+    def _settle(self) -> None:
+        if self._started:
+            digests, wait = self._started
+            self._started = None
+            self._logits.update(zip(digests, wait(), strict=True))
 
 
 def _rank_of(path: str) -> int:
@@ -354,12 +448,13 @@ def _rank_of(path: str) -> int:
 
 def gather(scored: Scored) -> Scored:
     """All ranks' results of one list as one; each file is one rank's, NaN on the others."""
-    joined = Scored(scored.logits.copy())
+    joined = Scored.nothing(len(scored.logits), scored.logits.shape[1])
     for of_rank in ranks.gather(scored):
         np.copyto(joined.logits, of_rank.logits, where=~np.isnan(of_rank.logits))
         joined.failures |= of_rank.failures
         joined.rates += of_rank.rates
-        joined.decoders += of_rank.decoders
+        for position, decoder in enumerate(of_rank.decoders):
+            joined.decoders[position] = decoder or joined.decoders[position]
     joined.failures = dict(sorted(joined.failures.items()))
     return joined
 
@@ -413,20 +508,27 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, nn.Module]) -> None:
     if not subsets:
         cli.echo(f"nothing to do: all score files are in {result}; --overwrite scores again")
         return
+    cli.how_to_go_on("run the same command again to go on; scores are kept")
     with ranks.exclusive(result):
         scorer = Scorer(args, heads)
         n_clips = sum(len(subset.trials) for subset in subsets)
         names = ", ".join(subset.name for subset in subsets)
+        devices.warn_of_cpu(args.gpu, n_clips / ranks.size() * scorer.gflop_a_clip())
         cli.echo(f"{', '.join(heads)}: {n_clips} clips of {names}, {scorer.device} -> {result}")
-        kept = [read_kept(subset, targets, scorer) for subset in subsets]
+        kept = {subset.name: read_kept(subset, targets, scorer) for subset in subsets}
         lists = {
-            subset.name: [subset.trials[row].path for row in unknown_rows(logits)]
-            for subset, logits in zip(subsets, kept, strict=True)
+            subset.name: [subset.trials[row].path for row in unknown_rows(kept[subset.name])]
+            for subset in subsets
         }
-        scored_lists = scorer.score_files(lists, args.num_workers)
+        by_name = {subset.name: subset for subset in subsets}
+
+        def keep(name: str, scored: Scored) -> None:
+            keep_scores(by_name[name], with_kept(scored, kept[name]), targets, scorer)
+
         n_unreadable = 0
-        for subset, logits, scored in zip(subsets, kept, scored_lists, strict=True):
-            scored = with_kept(scored, logits)
+        scored_lists = scorer.score_files(lists, args.num_workers, keep)
+        for subset, scored in zip(subsets, scored_lists, strict=True):
+            scored = with_kept(scored, kept[subset.name])
             n_unreadable += finish_subset(args, subset, scored, targets, scorer)
     if n_unreadable:
         raise InputError(
@@ -435,32 +537,47 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, nn.Module]) -> None:
         )
 
 
-def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> np.ndarray:
-    """Logits (trials, heads, 2) that an earlier run kept of all heads, NaN for the other trials."""
-    logits = np.full((len(subset.trials), len(targets), 2), np.nan)
+def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> Scored:
+    """What an earlier run kept of all heads; NaN for the other trials."""
+    found = Scored.nothing(len(subset.trials), len(targets))
     for number, target in enumerate(targets):
-        path = partial_scores.partial_path(target.folder, subset.name)
-        known = partial_scores.read_partial(path, scorer.made_by[number])
+        known: dict[str, Kept] = {}
+        for path in partial_scores.partial_paths(target.folder, subset.name):
+            known |= partial_scores.read_partial(path, scorer.made_by[number])
         for row, trial in enumerate(subset.trials):
-            key = partial_scores.key_of(trial) if known else None
-            if key in known:
-                logits[row, number] = known[key]
-    logits[np.isnan(logits).any(axis=(1, 2))] = np.nan
-    return logits
+            kept = known.get(partial_scores.key_of(trial)) if known else None
+            if kept:
+                found.logits[row, number] = kept.logits
+                found.decoders[row] = kept.decoder
+    found.logits[np.isnan(found.logits).any(axis=(1, 2))] = np.nan
+    return found
 
 
-def unknown_rows(logits: np.ndarray) -> np.ndarray:
-    """Trials of logits (trials, heads, 2) that are still to be scored."""
-    return np.flatnonzero(np.isnan(logits).any(axis=(1, 2)))
+def keep_scores(subset: Subset, scored: Scored, targets: Sequence[Target], scorer: Scorer) -> None:
+    """Store what is known of a subset that is not finished, for the next run."""
+    rows = np.flatnonzero(~np.isnan(scored.logits).any(axis=(1, 2))).tolist()
+    keys = {row: partial_scores.key_of(subset.trials[row]) for row in rows}
+    for number, target in enumerate(targets):
+        path = partial_scores.partial_path(target.folder, subset.name, ranks.rank())
+        known = {keys[row]: Kept(scored.logits[row, number], scored.decoders[row]) for row in rows}
+        partial_scores.write_partial(path, scorer.made_by[number], known)
 
 
-def with_kept(scored: Scored, kept: np.ndarray) -> Scored:
+def unknown_rows(scored: Scored) -> np.ndarray:
+    """Trials that are still to be scored."""
+    return np.flatnonzero(np.isnan(scored.logits).any(axis=(1, 2)))
+
+
+def with_kept(scored: Scored, kept: Scored) -> Scored:
     """What was scored of the unknown rows, put beside the rows that were kept."""
     rows = unknown_rows(kept)
-    logits = kept.copy()
+    logits = kept.logits.copy()
     logits[rows] = scored.logits
     failures = {int(rows[position]): why for position, why in scored.failures.items()}
-    return Scored(logits, failures, scored.rates, scored.decoders)
+    decoders = list(kept.decoders)
+    for row, decoder in zip(rows.tolist(), scored.decoders, strict=True):
+        decoders[row] = decoder
+    return Scored(logits, failures, scored.rates, decoders)
 
 
 def finish_subset(
@@ -481,27 +598,22 @@ def finish_subset(
             f"{subset.name}: {n_blocking} files cannot be read, first "
             f"{next(iter(scored.failures.values()))}; the other scores are kept for the next run"
         )
-    for note in (
-        dataset.describe_rates(scored.rates),
-        dataset.describe_decoders(scored.decoders),
-    ):
+    decoders = Counter(filter(None, scored.decoders))
+    for note in (dataset.describe_rates(scored.rates), dataset.describe_decoders(decoders)):
         if note:
             cli.echo(note)
     if not ranks.is_first():
         return n_blocking
+    if n_blocking:
+        keep_scores(subset, scored, targets, scorer)
+        return n_blocking
     for number, target in enumerate(targets):
-        path = partial_scores.partial_path(target.folder, subset.name)
-        logits = scored.logits[:, number]
-        if n_blocking:
-            rows = np.flatnonzero(~np.isnan(logits).any(axis=1))
-            keys = [partial_scores.key_of(subset.trials[row]) for row in rows]
-            partial_scores.write_partial(path, scorer.made_by[number], keys, logits[rows])
-        else:
-            about = describe_scores(args, target.head, scorer)
-            about["decoders"] = dict(scored.decoders)
-            write_subset(args, target, subset, logits, scored.failures, about)
-            path.unlink(missing_ok=True)
-    return n_blocking
+        about = describe_scores(args, target.head, scorer)
+        about["decoders"] = dict(decoders)
+        write_subset(args, target, subset, scored.logits[:, number], scored.failures, about)
+        for path in partial_scores.partial_paths(target.folder, subset.name):
+            path.unlink()
+    return 0
 
 
 def open_subsets(args: argparse.Namespace) -> list[Subset]:
@@ -675,12 +787,15 @@ def score_recordings(args: argparse.Namespace, heads: dict[str, nn.Module]) -> N
         return
     rows = [row for row in range(len(paths)) if row not in scored.failures]
     readable = [paths[row] for row in rows]
+    found = [look_at(path) for path in readable]
+    judged = [number for number, one in enumerate(found) if not one.nothing_to_judge]
     for number, (name, head) in enumerate(heads.items()):
         logits = scored.logits[rows, number]
-        print_verdicts(name, head, readable, to_scores(logits, llr=False))
+        print_verdicts(name, head, readable, to_scores(logits, llr=False), found)
         if args.result_folder:
             folder = args.result_folder / name if len(heads) > 1 else args.result_folder
-            write_recordings(folder, readable, to_scores(logits, args.llr))
+            paths_judged = [readable[number] for number in judged]
+            write_recordings(folder, paths_judged, to_scores(logits[judged], args.llr))
     for reason in scored.failures.values():
         print(cli.printable(f"not scored: {reason}"), file=sys.stderr)
     if scored.failures:
@@ -741,22 +856,33 @@ def write_recordings(folder: Path, paths: Sequence[str], scores: np.ndarray) -> 
     cli.echo(f"{folder / 'audio_result.txt'}: {len(paths)} scores")
 
 
-def print_verdicts(name: str, head: nn.Module, paths: Sequence[str], scores: np.ndarray) -> None:
+def look_at(path: str) -> Inspection:
+    """audio.inspect(); a fault behind the part that is judged becomes a note."""
+    try:
+        return audio.inspect(path)
+    except InputError as error:
+        return Inspection(None, None, str(error))
+
+
+def print_verdicts(
+    name: str,
+    head: nn.Module,
+    paths: Sequence[str],
+    scores: np.ndarray,
+    found: Sequence[Inspection],
+) -> None:
     width = max((len(path) for path in paths), default=0)
     cli.echo(f"{name}: {head.name} on {head.feat}, {describe_training(head.info)}.")
-    for path, score in zip(paths, scores, strict=True):
-        cli.echo(f"{path:<{width}}  {describe_verdict(path, score)}")
+    for path, score, one in zip(paths, scores, found, strict=True):
+        cli.echo(f"{path:<{width}}  {describe_verdict(score, one)}")
 
 
-def describe_verdict(path: str, score: float) -> str:
+def describe_verdict(score: float, found: Inspection) -> str:
     """Duration, score and verdict of one recording, or why there is none."""
-    try:
-        found = audio.inspect(path)
-    except InputError as error:  # behind the part that is judged, which could be read
-        return f"{'damaged':>10}  {score:.6f}  {_verdict(score)} ({error})"
+    duration = f"{'damaged':>10}" if found.seconds is None else f"{found.seconds:8.2f} s"
     if found.nothing_to_judge:
-        return f"{found.seconds:8.2f} s  nothing to judge: {found.nothing_to_judge}"
-    line = f"{found.seconds:8.2f} s  {score:.6f}  {_verdict(score)}"
+        return f"{duration}  nothing to judge: {found.nothing_to_judge}"
+    line = f"{duration}  {score:.6f}  {_verdict(score)}"
     return f"{line}  ({found.note})" if found.note else line
 
 
@@ -780,4 +906,4 @@ def describe_training(info: dict) -> str:
 
 
 if __name__ == "__main__":
-    ranks.run(main, if_stopped="run the same command again to go on; finished subsets are kept")
+    ranks.run(main, if_stopped="run the same command again")

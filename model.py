@@ -403,6 +403,8 @@ def _checked(features: Tensor, expected: tuple[int, int], head: nn.Module) -> Te
 
 FORMAT = "codecfake-head-1"
 HEADS = {"W2VAASIST": ("xls-r-5",), "lcnn": ("mel", "xls-r-5")}  # name -> the front ends it takes
+# Of one clip forwards, counted by torch's FlopCounterMode; training takes three times as much.
+GFLOP_A_CLIP = {("W2VAASIST", "xls-r-5"): 1.4, ("lcnn", "mel"): 1.1, ("lcnn", "xls-r-5"): 5.5}
 
 
 def build_head(name: str, feat: str) -> LCNN | W2VAASIST:

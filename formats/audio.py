@@ -75,7 +75,7 @@ SHORTEST = 400  # samples at 16 kHz: the frame of wav2vec 2.0, 25 ms
 class Inspection(NamedTuple):
     """What a verdict on a recording has to be read with."""
 
-    seconds: float  # as decoded, to the end of the file
+    seconds: float | None  # as decoded, to the end of the file; None: damaged before it
     nothing_to_judge: str | None  # why there can be no verdict
     note: str | None
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from frontends.base import FEATURE_SHAPES, FrontEnd
+from frontends.base import FEATURE_SHAPES, GFLOP_A_CLIP, FrontEnd
 from frontends.mel import Mel
 from frontends.ssl import DEFAULT_SSL, XLSR
 from runtime.cli import InputError
+
+__all__ = [
+    "DEFAULT_SSL",
+    "FEATURE_SHAPES",
+    "GFLOP_A_CLIP",
+    "FrontEnd",
+    "Mel",
+    "XLSR",
+    "load_frontend",
+]
 
 
 def load_frontend(feat: str, ssl: str | None = None, precision: str = "fp32") -> FrontEnd:

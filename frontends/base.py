@@ -15,6 +15,7 @@ FEATURE_SHAPES = {  # (frames, dim)
         1024,
     ),  # what wav2vec 2.0's strides leave of 64,600 samples: one frame per 20 ms
 }
+GFLOP_A_CLIP = {"mel": 0.03, "xls-r-5": 46.2}  # counted from the shapes, five blocks
 
 
 # ── Front ends ───────────────────────────────────────────────────────────────────────────────────

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,13 +64,14 @@ def pick_device(gpu: int | None) -> torch.device:
     Raises:
         InputError: there is no such GPU, or torch cannot use it.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = _count_gpus()
     if gpu is None:
         gpu = 0 if count else -1
     if gpu >= count:
+        reason = "" if count else f" ({_why_no_gpu()})"
         raise InputError(
-            f"--gpu {gpu}: expected one of the {count} GPUs torch sees here; leave --gpu out to "
-            "use what there is"
+            f"--gpu {gpu}: expected one of the {count} GPUs torch sees here{reason}; leave --gpu "
+            "out to use what there is"
         )
     if gpu < 0:
         _keep_freed_memory()
@@ -80,6 +85,55 @@ def pick_device(gpu: int | None) -> torch.device:
             "another, or the CPU with --gpu -1"
         ) from error
     return torch.device(f"cuda:{gpu}")
+
+
+def _count_gpus() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # what torch says of an old driver is said in a line of ours
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _why_no_gpu() -> str:
+    """Torch's own reason for seeing no GPU, on one line."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:200]
+    return "torch counts none"
+
+
+def warn_of_cpu(gpu: int | None, gflop: float) -> None:
+    """Say in a line that stands out that this machine has a GPU which torch cannot use.
+
+    Args:
+        gpu: as the user gave it; a CPU that was asked for needs no warning.
+        gflop: of the whole job, multiply and add counted apart.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if gpu is not None or hidden or not _has_nvidia_gpu() or _count_gpus():
+        return
+    cli.echo(
+        f"WARNING: no usable GPU ({_why_no_gpu()}), going on on the CPU, about "
+        f"{_cpu_hours(gflop):.2g} h; --gpu -1 silences this"
+    )
+
+
+def _has_nvidia_gpu() -> bool:
+    return Path("/proc/driver/nvidia/version").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _cpu_hours(gflop: float) -> float:
+    """How long this CPU takes, by a matrix product that is timed now; networks reach 0.7 of it."""
+    size, repeats = 1024, 8
+    matrix = torch.ones(size, size)
+    matrix @ matrix
+    began = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    gflop_per_second = repeats * 2 * size**3 / 1e9 / (time.perf_counter() - began)
+    return gflop / (0.7 * gflop_per_second) / 3600
 
 
 def _try_gpu(gpu: int) -> None:

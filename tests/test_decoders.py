@@ -200,7 +200,7 @@ def test_verdicts_say_what_they_rest_on(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silent.wav", np.zeros(32_000), 16_000)
     soundfile.write(tmp_path / "tone.wav", np.sin(np.arange(32_000)) * 0.5, 16_000)
     silent, tone = (
-        generate_score.describe_verdict(str(tmp_path / name), 0.75)
+        generate_score.describe_verdict(0.75, generate_score.look_at(str(tmp_path / name)))
         for name in ("silent.wav", "tone.wav")
     )
     assert "nothing to judge" in silent and "real" not in silent
