@@ -44,6 +44,7 @@ from evaluation.results import (
 from evaluation.tables import Table
 from formats import score_files, trial_lists
 from formats.protocols import Trial
+from runtime import files
 from runtime.cli import InputError
 
 if TYPE_CHECKING:
@@ -323,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compare:
         compare(args)
         return
-    check_extension(args)
+    check_outputs(args)
     models = choose_models(args)
     check_plot(args, models)
     settings = make_settings(args, models)
@@ -375,11 +376,18 @@ def pick_model(args: argparse.Namespace, name: str) -> Model:
     return models[0]
 
 
-def check_extension(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse files that could not be written before anything is computed."""
     if args.plot:
         from evaluation import plots
 
         plots.check_extension(args.plot)
+    for path in (args.plot, args.det_points):
+        if path:
+            files.require_place_for_file(path)
+    for folder in (args.report, args.export_asvspoof5, args.export_arena):
+        if folder:
+            files.require_place_for_folder(folder)
 
 
 def check_plot(args: argparse.Namespace, models: Sequence[Model]) -> None:

@@ -281,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_usable_folder(args.out_fold, args.continue_training)
     train, dev = open_audio(args, device) if args.online else open_corpora(args)
     settings = settings_of(args, train, dev)
+    devices.warn_of_cpu(args.gpu, gflop_of_run(args, len(train.labels)))
     if args.init_from:
         settings["init_from"] = load_initial_weights(head, args.init_from)
     with ranks.exclusive(args.out_fold), ranks.process_group(device):
@@ -290,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             network = CompiledHead(head, args.batch_size)
         run = Run(args.out_fold, TrainingState(settings), train.about.get("ssl"), device)
         run.start(args.continue_training, head, optimiser)
+        begun = "" if args.continue_training else " with --continue_training"
+        cli.how_to_go_on(f"run the same command{begun} to go on; finished epochs are kept")
         cli.echo(describe_data(args, train, dev, device))
         cli.echo(describe_optimiser(args))
         for epoch in range(run.state.epoch, args.num_epochs + 1):
@@ -304,6 +307,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"best epoch {run.best['epoch']} (dev loss {run.best['dev_loss']:.4f}): "
             f"{args.out_fold / model.WEIGHTS}"
         )
+
+
+def gflop_of_run(args: argparse.Namespace, n_clips: int) -> float:
+    """What this rank computes in training, validation left out."""
+    passes = 6 if sharpness_of(args) else 3  # one forwards, and backwards twice as much
+    a_clip = passes * model.GFLOP_A_CLIP[args.model, args.feat]
+    if args.online:
+        a_clip += frontends.GFLOP_A_CLIP[args.feat]
+    return args.num_epochs * n_clips / ranks.size() * a_clip
 
 
 def describe_data(
@@ -882,9 +894,10 @@ def require_usable_folder(folder: Path, continue_training: bool) -> None:
     """Raise InputError unless the folder is empty, or holds a run that is to be gone on with."""
     used = ranks.broadcast(lambda: files_of_a_run(folder) if folder.is_dir() else [])
     if used and not continue_training:
+        go_on = ", or go on with the run in it with --continue_training"
         raise InputError(
-            f"{folder}: not empty, and a finished run is never overwritten; choose another -o, or "
-            "go on with the run in it with --continue_training"
+            f"{folder}: not empty ({', '.join(used[:3])}), and no run is ever overwritten; choose "
+            f"another -o{go_on if STATE_FILE in used else ''}"
         )
     if continue_training and not used:
         raise InputError(
@@ -1021,6 +1034,5 @@ class Run:
 if __name__ == "__main__":
     ranks.run(
         main,
-        if_stopped="run the same command with --continue_training to go on; "
-        "finished epochs are kept",
+        if_stopped="nothing was begun; run the same command again",
     )

@@ -170,6 +170,8 @@ def extract_corpus(args: argparse.Namespace) -> None:
     devices.set_precision(args.precision, device)
     corpus = {part: readable_trials(args, part) for part in PARTS}
     require_space(args, {part: len(trials) for part, (trials, _) in corpus.items()})
+    n_clips = sum(len(trials) - len(absent) for trials, absent in corpus.values())
+    devices.warn_of_cpu(args.gpu, n_clips / ranks.size() * frontends.GFLOP_A_CLIP[args.feat])
     front_end = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
     require_size(args, front_end)
     for part, (trials, _) in corpus.items():  # dev's too, before train takes hours

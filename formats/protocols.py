@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime import files
 from runtime.cli import InputError
 
 REAL, FAKE = 0, 1  # labels and logit columns; a score is always higher-is-real
@@ -75,7 +76,7 @@ def read_protocol(task: str, root: str | Path, part: str) -> list[Trial]:
     # The same row twice only counts twice, in training.
     if len({trial.path for trial in trials}) < len(trials):
         _require_one_label_each(protocol, trials)
-    return trials
+    return _located(trials)
 
 
 def _require_one_label_each(protocol: Path, trials: list[Trial]) -> None:
@@ -215,6 +216,55 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()) or UNKNOWN
 
 
+# ── Where the audio lies ─────────────────────────────────────────────────────────────────────────
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".m4a")
+MOST_FILES = 2_000_000  # looked through for a file that is absent
+
+
+def _located(trials: list[Trial]) -> list[Trial]:
+    """The trials with the paths of their files, where those lie a folder deeper (real/, fake/, C1/)
+    or end otherwise (.wav for .flac, .WAV).
+
+    The first real and the first fake file tell whether any search is needed.
+    """
+    for label in (REAL, FAKE):
+        first = next((trial for trial in trials if trial.label == label), None)
+        if first and not os.path.exists(first.path):
+            break
+    else:
+        return trials
+    folders = {os.path.dirname(trial.path) for trial in trials}
+    below = {folder: _files_below(folder) for folder in folders}
+    return [_at_its_place(trial, below[os.path.dirname(trial.path)]) for trial in trials]
+
+
+def _files_below(folder: str) -> dict[str, str | None]:
+    """Name and stem of each audio file in a folder and two levels below -> its path; None: several.
+
+    Names in the folder itself come before all others.
+    """
+    found: dict[str, str | None] = {}
+    for place, inner, names in os.walk(folder):
+        depth = place.removeprefix(folder).count("/")
+        if depth == 2:
+            inner.clear()
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in AUDIO_SUFFIXES:
+                continue
+            for key in (name, stem):
+                is_first = key not in found
+                found[key] = f"{place}/{name}" if is_first or depth == 0 else None
+    return found
+
+
+def _at_its_place(trial: Trial, below: dict[str, str | None]) -> Trial:
+    name = os.path.basename(trial.path)
+    path = below.get(name) or below.get(os.path.splitext(name)[0])
+    return trial._replace(path=path) if path else trial
+
+
 def find_missing(trials: Sequence[Trial]) -> list[Trial]:
     """The trials whose audio file is not there; broken links and empty files are not.
 
@@ -242,18 +292,42 @@ def files_with_content(folder: str) -> set[str]:
 def _has_content(entry: os.DirEntry) -> bool:
     try:
         return entry.stat().st_size > 0
+    except PermissionError:
+        raise
     except OSError:  # a link to nothing
         return False
 
 
 def describe_missing(missing: Sequence[Trial], n_trials: int) -> str:
-    """One line: how many of the protocol's files are absent, where, and the first names."""
+    """One line: how many of the protocol's files are absent, where, the first names, and where one
+    of them lies instead.
+    """
     folders = sorted({trial.path.rpartition("/")[0] for trial in missing})
     first = ", ".join(trial.path.rpartition("/")[2] for trial in missing[:3])
-    return (
+    line = (
         f"{len(missing)} of {n_trials} files named by the protocol are not in "
         f"{' or '.join(folders[:3])} (first: {first})"
     )
+    elsewhere = _whereabouts(missing[0].path)
+    return f"{line}; {elsewhere} is there" if elsewhere else line
+
+
+def _whereabouts(path: str) -> str | None:
+    """Another place in the corpus that holds a file of that name, whatever its ending."""
+    folder, name = os.path.split(path)
+    stem = os.path.splitext(name)[0]
+    root = os.path.dirname(folder)
+    if os.path.basename(root) == "test":  # Codecfake's subsets lie in it, or beside it
+        root = os.path.dirname(root)
+    n_files = 0
+    for place, _, names in os.walk(root):
+        n_files += len(names)
+        if n_files > MOST_FILES:
+            return None
+        for found in names:
+            if os.path.splitext(found)[0] == stem and f"{place}/{found}" != path:
+                return f"{place}/{found}"
+    return None
 
 
 def _first_file(root: Path, candidates: list[str]) -> Path:
@@ -275,6 +349,8 @@ def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
     Never holds more than LONGEST_ROW of a line.
     """
     row = 0
+    with open(protocol, "rb") as file:
+        files.refuse_utf16(protocol, file.read(64))
     with open(protocol, encoding="utf-8-sig", newline=None) as file:
         try:
             while line := file.readline(LONGEST_ROW + 1):

@@ -262,7 +262,9 @@ def write_provenance(
 
 
 def _read(path: str | Path) -> bytes:
-    return Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a mark that some editors write
+    content = Path(path).read_bytes()
+    files.refuse_utf16(path, content[:64])
+    return content.removeprefix(b"\xef\xbb\xbf")  # a mark that some editors write
 
 
 def _whole_rows(path: str | Path, lines: bytes) -> bytes:

@@ -43,6 +43,7 @@ class Stopped(BaseException):
 
 # ── How a process ends ───────────────────────────────────────────────────────────────────────────
 
+_go_on = "run the same command again"  # what a user does after an interruption or a full disk
 _main_process = os.getpid()  # the one that answers signals; its workers end with it
 _signal: int | None = None  # SIGINT or SIGTERM, once one has come
 
@@ -64,14 +65,22 @@ def report_only_if(is_first: Callable[[], bool]) -> None:
     _may_report = is_first
 
 
+def how_to_go_on(advice: str) -> None:
+    """Replace what a user is told after an interruption or a full disk, once work has begun."""
+    global _go_on
+    _go_on = advice
+
+
 def run(main: Callable[[], None], if_stopped: str) -> None:
     """Call a script's main() and end the process as the shell expects.
 
-    A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print `if_stopped` (how to
-    go on) and exit with 130 and 143. Anything else is a defect of ours and keeps its traceback.
+    A user's mistake prints one line and exits with 2; Ctrl-C and SIGTERM print how to go on
+    (`if_stopped`, until how_to_go_on() replaces it) and exit with 130 and 143. Anything else is a
+    defect of ours and keeps its traceback.
     """
     global _main_process
     _main_process = os.getpid()
+    how_to_go_on(if_stopped)
     for number in END_SIGNALS:
         signal.signal(number, _raise_stopped)
     sys.unraisablehook = _report_unraisable
@@ -89,7 +98,7 @@ def run(main: Callable[[], None], if_stopped: str) -> None:
         _end(USER_ERROR, f"error: {describe(error)}")
     except Stopped:
         word = "interrupted" if _signal == signal.SIGINT else "terminated"
-        _end(SIGNAL_EXIT + _signal, f"{word}: {if_stopped}")
+        _end(SIGNAL_EXIT + _signal, f"{word}: {_go_on}")
     except Exception:
         if _may_report():
             raise
@@ -151,17 +160,19 @@ def _end(code: int, message: str) -> NoReturn:
 # ── What is printed ──────────────────────────────────────────────────────────────────────────────
 
 ADVICE = {
-    errno.ENOSPC: "; free some space and run the same command again: finished work is kept",
-    errno.EDQUOT: "; raise the quota and run the same command again: finished work is kept",
+    errno.ENOSPC: "; free some space, then {go_on}",
+    errno.EDQUOT: "; raise the quota, then {go_on}",
     errno.EROFS: "; choose a folder that can be written",
     errno.EACCES: "; check its permissions",
+    errno.EMFILE: "; raise the limit of open files (ulimit -n), or give a smaller --num_workers",
 }
 
 
 def describe(error: OSError) -> str:
     """One line for an error of the operating system: the file, the reason, what to do if known."""
     where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}{ADVICE.get(error.errno, '')}"
+    advice = ADVICE.get(error.errno, "").format(go_on=_go_on)
+    return f"{where}{error.strerror or error}{advice}"
 
 
 def printable(text: str) -> str:

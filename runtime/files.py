@@ -39,6 +39,47 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+def refuse_utf16(path: str | Path, start: bytes) -> None:
+    """Raise InputError where a text begins as UTF-16 does, which some editors save as "Unicode".
+
+    Args:
+        start: the first bytes of the file; a NUL among them is no text of a byte a letter.
+    """
+    if start.startswith(UTF16_MARKS) or b"\0" in start:
+        raise InputError(
+            f"{path}: expected UTF-8, this looks like UTF-16; save it as UTF-8 (iconv -f UTF-16 -t "
+            "UTF-8)"
+        )
+
+
+def require_place_for_file(path: str | Path) -> None:
+    """Raise InputError where a file could not be written there, before its contents are made."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: expected the name of a file, this is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no folder {path.parent}; make it, or name another")
+    _require_writable(path.parent)
+
+
+def require_place_for_folder(path: str | Path) -> None:
+    """Raise InputError where a folder could not be made or written to."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        raise InputError(f"{path}: expected a folder, this is a file")
+    _require_writable(path)
+
+
+def _require_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: permission denied; choose a folder that can be written")
+
+
 # What a file system without locks answers: NFS with nolock, Lustre without flock, some FUSE ones.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _held: set[tuple[int, int]] = set()  # device and inode of the lock files of this process

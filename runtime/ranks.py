@@ -11,9 +11,12 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -64,7 +67,10 @@ def _join() -> None:
     if size == 1:
         return
     try:
-        _store, _rank, _size = next(dist.rendezvous("env://", timeout=PEER_TIMEOUT))
+        _require_first_rank()
+        _store, _rank, _size = _interruptibly(
+            lambda: next(dist.rendezvous("env://", timeout=PEER_TIMEOUT))
+        )
     except ValueError as error:
         raise InputError(
             f"WORLD_SIZE is {size}, which torchrun sets, but not all else that "
@@ -79,6 +85,45 @@ def _join() -> None:
     cli.report_only_if(_is_first_to_end)
     if _rank:
         sys.stdout = open(os.devnull, "w")
+
+
+def _require_first_rank() -> None:
+    """Wait for the rank that keeps the store; torch, waiting for it, prints traces of its own.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if os.environ.get("RANK") == "0" or not host or not port.isdecimal():
+        return
+    address = host, int(port)
+    deadline = time.monotonic() + PEER_TIMEOUT.seconds
+    _wait(lambda: _answers(address) or time.monotonic() > deadline)
+    if not _answers(address):
+        raise RuntimeError(f"{host}:{port} does not answer")
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def _interruptibly(call: Callable[[], T]) -> T:
+    """The value of a call that holds its thread for long; Ctrl-C does not wait for it."""
+    outcome: Future = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    _wait(outcome.done)
+    return outcome.result()
 
 
 def _world_size() -> int:

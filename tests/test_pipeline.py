@@ -5,6 +5,7 @@ python -m pytest tests/test_pipeline.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -532,11 +533,11 @@ def test_a_shared_clip_is_computed_once_and_scores_the_same(
     Scored alone or after the others, a subset's file has the same bytes.
     """
     computed, started = [], []
-    real_logits, real_start = generate_score.Scorer.logits, dataset.clip_batches
+    real_compute, real_start = generate_score.Scorer.start, dataset.clip_batches
     monkeypatch.setattr(
         generate_score.Scorer,
-        "logits",
-        lambda self, clips: computed.append(len(clips)) or real_logits(self, clips),
+        "start",
+        lambda self, clips: computed.append(len(clips)) or real_compute(self, clips),
     )
     monkeypatch.setattr(
         dataset,
@@ -727,13 +728,86 @@ def test_an_unreadable_file_costs_no_other_score(
     assert not (out / "C1_partial.npz").exists()
 
 
+@pytest.mark.parametrize("ended", ["by a signal", "after a while"])
+def test_scores_of_an_interrupted_subset_are_kept(
+    head_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    """When a signal ends the run, and now and then, for a kill that nothing can answer."""
+    root = make_codecfake(tmp_path / "Codecfake", n_real=3)
+    command = ["-t", "codecfake", "-d", root, "--subset", "C1", "--model_folder", head_folder]
+    command += ["--batch_size", 2, *CPU]
+    run(generate_score, *command, "--result_folder", tmp_path / "whole")
+    out = tmp_path / "r"
+    real_start, real_keep = generate_score.Scorer.start, generate_score.keep_scores
+    n_started = itertools.count(1)
+
+    def stop_at_the_third(scorer, clips):
+        if next(n_started) == 3:
+            if ended == "after a while":  # what a kill leaves
+                monkeypatch.setattr(generate_score, "keep_scores", lambda *_: None)
+            raise KeyboardInterrupt
+        return real_start(scorer, clips)
+
+    if ended == "after a while":
+        monkeypatch.setattr(generate_score, "KEEP_EVERY", -1)
+    monkeypatch.setattr(generate_score.Scorer, "start", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(generate_score, *command, "--result_folder", out)
+    assert (out / "C1_partial.npz").exists() and not (out / "C1_result.txt").exists()
+    monkeypatch.setattr(generate_score, "keep_scores", real_keep)
+    n_computed = []
+
+    def count(scorer, clips):
+        n_computed.append(len(clips))
+        return real_start(scorer, clips)
+
+    monkeypatch.setattr(generate_score.Scorer, "start", count)
+    run(generate_score, *command, "--result_folder", out)
+    assert sum(n_computed) < 6
+    assert (out / "C1_result.txt").read_bytes() == (tmp_path / "whole/C1_result.txt").read_bytes()
+    record = json.loads((out / "provenance.json").read_text())
+    assert record["decoders"] == {"libsndfile": 6}
+    assert not (out / "C1_partial.npz").exists()
+
+
+def test_one_batch_computes_while_the_next_is_gathered() -> None:
+    """And a clip that is still being computed is not computed again."""
+    events = []
+
+    def start(clips: torch.Tensor):
+        number = len([event for event in events if event[0] == "start"])
+        events.append(("start", number))
+
+        def wait() -> np.ndarray:
+            events.append(("wait", number))
+            return clips[:, :2, None].numpy()
+
+        return wait
+
+    computed = generate_score._Computed(start, batch_size=2)
+    clips = torch.arange(20.0).view(5, 4)
+    digests = [b"a", b"b", b"a", b"c", b"d"]
+    for digest, clip in zip(digests, clips, strict=True):
+        computed.add(digest, clip)
+    assert events == [("start", 0), ("start", 1), ("wait", 0)]
+    computed.finish()
+    scored = generate_score.Scored.nothing(5, 2)
+    scored.logits = scored.logits[:, :, :1]
+    computed.fill(scored, digests)
+    first = [0, 4, 0, 12, 16]  # the third is the first's clip
+    assert scored.logits[:, 0, 0].tolist() == first
+
+
 def test_kept_scores_are_those_of_the_same_weights(tmp_path: Path) -> None:
     """And of the same file: one that was replaced is scored again."""
     path = partial_scores.partial_path(tmp_path, "C1")
-    logits = np.array([[1.0, 2.0], [3.0, 4.0]])
-    partial_scores.write_partial(path, "these", ["a.wav", "b.wav"], logits)
+    of_a = partial_scores.Kept(np.array([1.0, 2.0]), "libsndfile")
+    of_b = partial_scores.Kept(np.array([3.0, 4.0]), "ffmpeg")
+    partial_scores.write_partial(path, "these", {"a.wav": of_a, "b.wav": of_b})
     known = partial_scores.read_partial(path, "these")
-    assert list(known) == ["a.wav", "b.wav"] and known["b.wav"].tolist() == [3.0, 4.0]
+    assert list(known) == ["a.wav", "b.wav"]
+    assert known["b.wav"].logits.tolist() == [3.0, 4.0]
+    assert known["b.wav"].decoder == "ffmpeg"
     assert partial_scores.read_partial(path, "others") == {}
     path.write_bytes(path.read_bytes()[:-40])
     assert partial_scores.read_partial(path, "these") == {}
@@ -768,14 +842,16 @@ def test_folders_are_read_with_their_links_and_say_what_they_leave(tmp_path: Pat
     assert "left out 1 ._* (a Mac's notes), 1 .txt" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("delay", [0.3, 1.0])
-def test_ctrl_c_during_the_imports_is_one_line(delay: float) -> None:
+@pytest.mark.parametrize("library", ["_multiarray_umath", "libtorch_cpu"])
+def test_ctrl_c_during_the_imports_is_one_line(library: str) -> None:
+    """Sent while numpy is imported, and while torch is."""
     child = subprocess.Popen(
         [sys.executable, "main_train.py", "--help"], cwd=REPO, stderr=subprocess.PIPE, text=True
     )
-    time.sleep(delay)
+    while library not in Path(f"/proc/{child.pid}/maps").read_text():
+        time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    err = child.communicate()[1]
+    _, err = child.communicate()
     assert "Traceback" not in err
 
 

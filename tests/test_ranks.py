@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,7 @@ import model
 import preprocess
 from dataset import FEATURE_SHAPES, Trial
 from formats.feature_cache import CacheWriter
-from runtime import ranks
+from runtime import cli, ranks
 from runtime.cli import InputError
 
 CPU = ["--gpu", "-1", "--num_workers", "1"]
@@ -450,16 +451,41 @@ def test_a_mistake_ends_all_ranks_in_one_line(tmp_path: Path, command: list, mes
 
 
 @pytest.mark.parametrize(
-    "size, message",
-    [("", "WORLD_SIZE is ''"), ("abc", "WORLD_SIZE is 'abc'"), ("2", "not all 2 processes came")],
+    "size, rank, message",
+    [
+        ("", "0", "WORLD_SIZE is ''"),
+        ("abc", "0", "WORLD_SIZE is 'abc'"),
+        ("2", "0", "not all 2 processes came"),
+        ("2", "1", "not all 2 processes came"),
+    ],
 )
 def test_left_over_variables_of_a_cluster_end_in_one_line(
-    size: str, message: str, monkeypatch: pytest.MonkeyPatch
+    size: str, rank: str, message: str, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
     monkeypatch.setattr(ranks, "PEER_TIMEOUT", timedelta(seconds=1))
-    variables = {"WORLD_SIZE": size, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables = {"WORLD_SIZE": size, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message) as refused:
         ranks._join()
     assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_does_not_wait_for_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = threading.Event()
+    let_go = threading.Event()
+
+    def wait_for_peers() -> None:
+        began.set()
+        let_go.wait(60)
+
+    def ask_to_stop() -> None:
+        if began.wait(0):
+            raise cli.Stopped
+
+    monkeypatch.setattr(cli, "stop_if_asked", ask_to_stop)
+    with pytest.raises(cli.Stopped):
+        ranks._interruptibly(wait_for_peers)
+    assert not let_go.is_set()
+    let_go.set()

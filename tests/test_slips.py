@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -11,13 +13,20 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import make_codecfake, save_wav2vec2
+import soundfile
+import torch
+from conftest import make_codecfake, make_la, save_wav2vec2, write_tone
 from test_pipeline import CPU, run
 
 import dataset
+import evaluate_score
+import generate_score
 import main_train
+import model
 import preprocess
+from formats import protocols
 from formats.feature_cache import FeatureCache
+from runtime import cli, devices
 from runtime.cli import InputError
 
 TRAIN = ["--feat", "mel", "-m", "lcnn", "--num_epochs", 1, *CPU]
@@ -208,3 +217,163 @@ def write_m4a(path: Path) -> None:
         stream = container.add_stream("aac", rate=16_000)
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+# ── Layouts one level off ──
+
+
+def test_audio_that_lies_a_folder_deeper_is_found(tmp_path: Path) -> None:
+    """In real/ and fake/, in a folder of the subset's own name, and with .WAV."""
+    root = make_codecfake(tmp_path / "Codecfake", n_real=2)
+    for path in list((root / "train").iterdir()):
+        kind = "fake" if path.name.startswith("F") else "real"
+        (root / "train" / kind).mkdir(exist_ok=True)
+        path.rename(root / "train" / kind / path.name)
+    (root / "test/C1").rename(root / "test/inner")
+    (root / "test/C1").mkdir()
+    (root / "test/inner").rename(root / "test/C1/C1")
+    for path in list((root / "test/C2").iterdir()):
+        path.rename(path.with_suffix(".WAV"))
+    for part in ("train", "C1", "C2"):
+        trials = protocols.read_protocol("codecfake", root, part)
+        assert protocols.find_missing(trials) == []
+        assert all(trial.name.endswith(".wav") for trial in trials)
+
+
+def test_19la_as_wav_is_found(tmp_path: Path) -> None:
+    root = make_la(tmp_path / "LA", n_real=1)
+    for path in list((root / "ASVspoof2019_LA_eval/flac").iterdir()):
+        path.rename(path.with_suffix(".wav"))
+    trials = protocols.read_protocol("19LA", root, "eval")
+    assert protocols.find_missing(trials) == []
+
+
+def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
+    root = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    path = root / "test/C1/s_000.wav"
+    for folder in ("a", "b"):
+        (root / "test/C1" / folder).mkdir()
+        shutil.copy(path, root / "test/C1" / folder)
+    path.unlink()
+    trials = protocols.read_protocol("codecfake", root, "C1")
+    assert [trial.name for trial in protocols.find_missing(trials)] == ["s_000.wav"]
+
+
+def test_the_hint_says_where_a_file_lies(tmp_path: Path) -> None:
+    root = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    (root / "elsewhere").mkdir()
+    (root / "train/strain_000.wav").rename(root / "elsewhere/strain_000.wav")
+    with pytest.raises(InputError, match=r"\(first: strain_000.wav\); .*/elsewhere/strain_000.wav"):
+        run(preprocess, "-d", root, "-f", tmp_path / "f", "--feat", "mel", *CPU)
+
+
+# ── Text in other encodings ──
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_named(tmp_path: Path, encoding: str) -> None:
+    root = make_codecfake(tmp_path / "Codecfake", n_real=1)
+    protocol = root / "label/train.txt"
+    protocol.write_bytes(protocol.read_text().encode(encoding))
+    with pytest.raises(InputError, match="label/train.txt: expected UTF-8, this looks like UTF-16"):
+        protocols.read_protocol("codecfake", root, "train")
+    scores = tmp_path / "scores.txt"
+    scores.write_bytes("a 0.5 real\nb 0.1 fake\n".encode(encoding))
+    for options in (["--scores", scores], ["--scores", protocol, "--labels", scores]):
+        with pytest.raises(InputError, match="expected UTF-8, this looks like UTF-16"):
+            run(evaluate_score, *options)
+
+
+def test_a_folder_without_permission_is_called_that(tmp_path: Path, monkeypatch) -> None:
+    write_tone(tmp_path / "a.wav")
+
+    class Entry:
+        name = "a.wav"
+
+        def stat(self) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", "a.wav")
+
+    with pytest.raises(PermissionError):
+        protocols._has_content(Entry())
+
+
+# ── Places that cannot be written ──
+
+
+@pytest.mark.parametrize(
+    "option, path, message",
+    [
+        ("--plot", "none/det.png", "there is no folder .*none"),
+        ("--plot", "folder.png", "expected the name of a file, this is a folder"),
+        ("--det_points", "none/det.csv", "there is no folder .*none"),
+        ("--report", "file/report", "expected a folder, this is a file"),
+        ("--export_arena", "file", "expected a folder, this is a file"),
+    ],
+)
+def test_places_are_looked_at_before_anything_is_read(
+    tmp_path: Path, option: str, path: str, message: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=message):
+        run(evaluate_score, "--scores", tmp_path / "no_scores.txt", option, tmp_path / path)
+
+
+# ── How to go on ──
+
+
+def test_the_advice_is_the_command_that_works(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_go_on", "run the same command again")
+    full = OSError(errno.ENOSPC, "No space left on device", "x")
+    assert cli.describe(full).endswith("free some space, then run the same command again")
+    command = ["-t", "codecfake", "-f", features / "Codecfake", "-o", tmp_path / "head", *TRAIN]
+    run(main_train, *command)
+    assert "run the same command with --continue_training to go on" in cli.describe(full)
+    run(main_train, *command, "--continue_training")
+    assert "run the same command to go on" in cli.describe(full)
+
+
+# ── A GPU that torch cannot use ──
+
+
+def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old\n(found version 11040).")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "_has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    devices.warn_of_cpu(None, 1e6)
+    line = capsys.readouterr().out
+    assert line.startswith("WARNING: no usable GPU (The NVIDIA driver on your system is too old (f")
+    assert re.search(r"on the CPU, about [\d.e+]+ h; --gpu -1 silences this\n$", line)
+    devices.warn_of_cpu(-1, 1e6)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match=r"--gpu 0: expected one of the 0 GPUs .*too old"):
+        devices.pick_device(0)
+
+
+# ── A person's own recordings ──
+
+
+def test_what_is_not_judged_gets_no_score(tmp_path: Path, capsys) -> None:
+    model.save_head(tmp_path / model.WEIGHTS, model.LCNN("mel"), {})
+    write_tone(tmp_path / "sound.wav")
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16_000), 16_000)
+    run(generate_score, "-t", "audio", "--path", tmp_path / "sound.wav", tmp_path / "silent.wav",
+        "--model_folder", tmp_path, "--result_folder", tmp_path / "r", *CPU)  # fmt: skip
+    assert "nothing to judge: its first 4.04 s are silent" in capsys.readouterr().out
+    lines = (tmp_path / "r/audio_result.txt").read_text().splitlines()
+    assert len(lines) == 1 and "sound.wav" in lines[0]
+
+
+def test_weights_without_a_record_are_said_to_be_unchecked(
+    tmp_path: Path, ssl_1024: Path, capsys
+) -> None:
+    torch.save(model.W2VAASIST().state_dict(), tmp_path / model.WEIGHTS)
+    args = generate_score.parse(["-t", "ITW", "--ssl", str(ssl_1024), *CPU])
+    generate_score.Scorer(args, {"theirs": model.load_head(tmp_path)})
+    assert "note: theirs: these weights do not record their front end" in capsys.readouterr().out
