@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,6 +53,7 @@ SUBSETS = {
 BATCH = 8  # clips at a time while measuring
 CLIP_BYTES = 4 * dataset.CLIP_SAMPLES  # float32, to a GPU
 PRECISIONS = ("fp32", "tf32", "bf16")
+FUSED = {"bf16": "bf16 fused"}  # as a corpus of this size is computed
 DISKS = (1, 3, 7)  # GB/s: a network disk, an NVMe drive, a fast one
 IN_RAM = float("inf")  # a cache that the kernel keeps in memory
 ONE_CONSUMER, ONE_A100, ONE_H100 = "RTX 4090", "A100", "H100"
@@ -124,7 +124,7 @@ class Machine:
     front_end: float  # clips
     head: float  # clips forwards
     train: float  # clips forwards and back
-    write: float  # rows through the one writer
+    write: float  # rows through the writer of each extraction
     read: float  # rows through its reading threads
     copy: float  # bytes to and from the device
     disk: float  # bytes; infinite where the cache lies in memory
@@ -171,6 +171,15 @@ def median_rate(work: Callable[[], object], count: int, repeats: int = 3) -> flo
     return count / taken
 
 
+def processor_rate(work: Callable[[], object], count: int, repeats: int = 9) -> float:
+    """Clips a second of one core, whatever else the machine does meanwhile."""
+    work()
+    start = time.thread_time()
+    for _ in range(repeats):
+        work()
+    return count * repeats / (time.thread_time() - start)
+
+
 def measure_front_end(folder: Path) -> float:
     """Clips/s of the first five blocks of XLS-R 300M with random weights, float32."""
     common.save_random_xlsr(folder, layers=LAYER)
@@ -210,25 +219,30 @@ def measure_decoding(folder: Path) -> float:
 def measure_main_thread() -> float:
     """Clips/s that the main thread pads; launching the kernels of a batch comes to it on a GPU."""
     clips, device = torch.randn(BATCH, dataset.CLIP_SAMPLES), torch.device("cpu")
-    return median_rate(lambda: devices.pad_batch(clips, BATCH, device), BATCH, 9)
+    return processor_rate(lambda: devices.pad_batch(clips, BATCH, device), BATCH)
 
 
 def measure_cache(folder: Path, dtype: str) -> tuple[float, float]:
-    """(rows/s of the writer thread, rows/s that one thread reads and checks), both in memory.
+    """(rows/s that extraction's threads write, rows/s that one thread reads and checks).
 
-    Bytes reach the disk while the next rows are written; that is the disk's time, not the writer's.
+    Writing ends in the page cache; what the disk does beside it or afterwards is the disk's time.
     """
-    shape, count, size = dataset.FEATURE_SHAPES["xls-r-5"], 256, 32
+    shape, count, size = dataset.FEATURE_SHAPES["xls-r-5"], 512, 32
     trials = [Trial(f"{row}", "", 0, "-") for row in range(count)]
     features = np.random.default_rng(0).normal(size=(size, *shape)).astype(np.float32)
+    if dtype == "float16":
+        features = features.astype(np.float16)  # a GPU does it before its copy
     writer = CacheWriter(folder, trials, {"feat": "xls-r-5"}, shape, dtype)
-    start = time.perf_counter()
-    for first in range(0, count, size):
-        writer.write(range(first, first + size), features)
-    written = count / (time.perf_counter() - start)
+    with preprocess.Writes(writer) as writes:
+        start = time.perf_counter()
+        for first in range(0, count, size):
+            rows = list(range(first, first + size))
+            writes.add(rows, lambda: features, range(size), [])
+        writes.wait()
+        written = count / (time.perf_counter() - start)
     writer.close()
     cache, order = FeatureCache(folder), np.random.default_rng(1).permutation(count)[:128]
-    return written, median_rate(lambda: cache.read(order), len(order))
+    return written, processor_rate(lambda: cache.read(order), len(order))
 
 
 # ── Rates and where they come from ───────────────────────────────────────────────────────────────
@@ -248,7 +262,7 @@ MEASURED = (
     Rate("train", "W2V2-AASIST trained, no SAM, float32, clips/s of all cores"),
     Rate("decode", "audio to a clip in the main process, files/s and worker"),
     Rate("pad", "main thread: clips padded, clips/s"),
-    Rate("write", "writer thread, rows/s; flushes go on beside it"),
+    Rate("write", "writer of one extraction, rows/s; the disk flushes beside it"),
     Rate("rows", "cached rows read and checked from memory, rows/s and thread"),
 )
 ASSUMED = (
@@ -352,7 +366,7 @@ def estimated(card: str) -> GPU:
     about, head = estimates.CARDS[card], estimates.HEADS["W2VAASIST"]
     return GPU(
         card,
-        {name: about.front_end[name] for name in PRECISIONS},
+        {name: about.front_end[FUSED.get(name, name)] for name in PRECISIONS},
         {name: estimates.training_rate(about, head, name) for name in PRECISIONS},
         {name: estimates.forward_rate(about, head, name) for name in PRECISIONS},
         measured=False,
@@ -372,7 +386,10 @@ def read_results(path: Path) -> GPU:
         }
         return GPU(
             results["Machine"]["name"]["value"].removeprefix("NVIDIA "),
-            {name: results["Front end"][f"{name}, 32"]["clips/s"] for name in PRECISIONS},
+            {
+                name: results["Front end"][f"{FUSED.get(name, name)}, 32"]["clips/s"]
+                for name in PRECISIONS
+            },
             trained,
             {name: rate / estimates.FORWARD_SHARE for name, rate in trained.items()},
             measured=True,
@@ -459,7 +476,8 @@ def report(args: argparse.Namespace, gpus: dict[str, GPU], given: set[str]) -> l
         "# What the whole job costs",
         "",
         f"Written by `python -m benchmarks.scale`; {os.cpu_count()} cores, {common.cpu_name()}, "
-        f"{platform.machine()}, torch {torch.__version__} with {torch.get_num_threads()} threads; "
+        f"load average {os.getloadavg()[0]:.1f}, torch {torch.__version__} with "
+        f"{torch.get_num_threads()} threads; "
         f"W2V2-AASIST on xls-r-5, cache in {args.dtype}.",
         "",
         "## The whole job, and where its figures come from",
@@ -552,8 +570,8 @@ def notes(args: argparse.Namespace) -> list[str]:
         "",
         "Resources work side by side, so the slowest is the duration; front end and head share a "
         "GPU and add up, and without a GPU all but the disk share the cores. SAM doubles the "
-        "arithmetic of training. Sequential and random access are taken to be equally fast, and "
-        "start-up is left out.",
+        "arithmetic of training. Sequential and random access are taken to be equally fast; "
+        "start-up is left out, and so is --compile. bf16 is computed with fused norms.",
     ]
 
 
@@ -584,7 +602,7 @@ def gpu_table(gpus: Sequence[GPU]) -> list[str]:
 def gpu_section(gpu: GPU, args: argparse.Namespace) -> list[str]:
     """Hours of each job by disk and precision."""
     rows = []
-    for job in jobs():
+    for job in whole_job():
         for disk in (*DISKS, IN_RAM) if job.written or job.read else (1,):
             cells = [cell(job, with_gpu(gpu, name, disk, args), args) for name in PRECISIONS]
             where = "cache in RAM" if disk == IN_RAM else f"disk {disk} GB/s"
