@@ -709,6 +709,7 @@ class OnlineFeatures(JoinedFeatures):
         labels = torch.from_numpy(self.labels[rows]).to(self.device)
         for batch in batches:
             while len(ready) < len(batch):
+                # A copy that backward() may keep, unlike what is made in inference mode.
                 ready = torch.cat([ready, next(computed)])
             yield ready[: len(batch)], labels[: len(batch)]
             ready, labels = ready[len(batch) :], labels[len(batch) :]
@@ -722,7 +723,7 @@ class OnlineFeatures(JoinedFeatures):
                 raise InputError(f"{why}; it could be read when the run began")
             with (
                 devices.memory_advice(self.batch_size),
-                torch.no_grad(),
+                torch.inference_mode(),
                 torch.autocast(self.device.type, enabled=False),
             ):
                 padded = devices.pad_batch(batch.clips, size, self.device)

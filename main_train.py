@@ -393,6 +393,7 @@ def open_audio(
     train, dev = (
         OnlineFeatures(parts[part], network, device, args.batch_size) for part in ("train", "dev")
     )
+    network.expect(len(train.labels))
     return train, dev
 
 
