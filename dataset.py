@@ -700,7 +700,7 @@ class OnlineFeatures(JoinedFeatures):
         """
         if not batches:
             return
-        size = min(devices.CLIPS_A_BATCH[self.device.type], self.batch_size)
+        size = min(devices.clips_a_batch(self.device), self.batch_size)
         rows = np.concatenate(batches)
         pieces = np.split(rows, range(size, len(rows), size))
         computed = self._compute(pieces, size, num_workers)

@@ -206,7 +206,7 @@ class Scorer:
         self.device = devices.pick_device(ranks.gpu(args.gpu))
         self.precision = args.precision or devices.DEFAULT_PRECISION[self.device.type]
         devices.set_precision(self.precision, self.device)
-        self.batch_size = args.batch_size or devices.CLIPS_A_BATCH[self.device.type]
+        self.batch_size = args.batch_size or devices.clips_a_batch(self.device)
         self.heads = [head.to(self.device) for head in heads.values()]
         self.front_ends: dict[tuple[str, str | None], FrontEnd] = {}
         self.front_end_of = [self._front_end(name, head, args.ssl) for name, head in heads.items()]

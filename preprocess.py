@@ -335,7 +335,7 @@ def extract(
     Raises:
         InputError: more files than --max_failed allows cannot be read; finished rows are kept.
     """
-    size = args.batch_size or devices.CLIPS_A_BATCH[device.type]
+    size = args.batch_size or devices.clips_a_batch(device)
     max_failed = 100 if args.skip_missing else args.max_failed
     plan = plan_extraction(writer, absent, size, max_failed)
     n_done = len(writer.trials) - plan.n_todo

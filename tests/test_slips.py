@@ -377,3 +377,14 @@ def test_weights_without_a_record_are_said_to_be_unchecked(
     args = generate_score.parse(["-t", "ITW", "--ssl", str(ssl_1024), *CPU])
     generate_score.Scorer(args, {"theirs": model.load_head(tmp_path)})
     assert "note: theirs: these weights do not record their front end" in capsys.readouterr().out
+
+
+# ── Memory of a GPU ──
+
+
+@pytest.mark.parametrize("gigabytes, size", [(4, 8), (8, 32), (24, 32), (80, 128)])
+def test_a_gpus_memory_decides_the_batch(gigabytes: int, size: int, monkeypatch) -> None:
+    card = namedtuple("card", "total_memory")(gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert devices.clips_a_batch(torch.device("cuda:0")) == size
+    assert devices.clips_a_batch(torch.device("cpu")) == 8
