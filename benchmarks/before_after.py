@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import dataset
+import generate_score
 import main_train
 import model
 from benchmarks import bench_writer, common, plain
@@ -121,7 +124,7 @@ def decoding(folder: Path, sizes: Sizes) -> list[Row]:
     paths = common.write_clips(folder / "audio", sizes.clips)
     batches = [list(range(len(paths)))]
 
-    def decode(with_digests: bool) -> torch.Tensor:
+    def decode(with_digests: bool) -> Tensor:
         (batch,) = dataset.clip_batches(paths, batches, 0, with_digests)
         return batch.clips
 
@@ -141,7 +144,56 @@ def writing(folder: Path, sizes: Sizes) -> list[Row]:
     return [Row(change, before, after, "a row", "to the byte (tests/test_feature_cache.py)")]
 
 
-CHANGES = (sharpness_steps, joined_rows, decoding, writing)
+class SleepingDevice:
+    """Stands in for a GPU: computes batch after batch without taking a core."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds  # of a batch
+        self.free_at = 0.0
+
+    def start(self, clips: Tensor) -> Callable[[], np.ndarray]:
+        """Queue a batch (B, samples); the function that comes back waits for logits (B, 1, 2)."""
+        self.free_at = max(self.free_at, time.perf_counter()) + self.seconds
+        ready = self.free_at
+        logits = clips[:, None, :2].double().numpy()
+
+        def wait() -> np.ndarray:
+            time.sleep(max(0.0, ready - time.perf_counter()))
+            return logits
+
+        return wait
+
+    def start_and_wait(self, clips: Tensor) -> Callable[[], np.ndarray]:
+        logits = self.start(clips)()
+        return lambda: logits
+
+
+def scoring(folder: Path, sizes: Sizes) -> list[Row]:
+    """Decoding while a batch is computed; the device takes as long as decoding does, elapsed."""
+    paths = common.write_clips(folder / "scored", sizes.clips)
+    head = model.build_head("lcnn", "mel")
+    head.info = {}
+    args = generate_score.parse(["-t", "ITW", "--gpu", "-1"])
+    scorer = generate_score.Scorer(args, {"head": head})
+    decoding_time = time.perf_counter()
+    list(dataset.clip_batches(paths, [list(range(len(paths)))], 0, with_digests=True))
+    decoding_time = time.perf_counter() - decoding_time
+    device = SleepingDevice(decoding_time / sizes.clips * scorer.batch_size)
+
+    def score(start: Callable) -> np.ndarray:
+        with common.silence(), mock.patch.object(scorer, "start", start):
+            return next(scorer.score_files({"bench": paths}, 0)).logits
+
+    same = np.array_equal(score(device.start_and_wait), score(device.start))
+    before, after = common.in_turns(
+        lambda: score(device.start_and_wait), lambda: score(device.start), repeats=sizes.repeats
+    )
+    change = "scoring: a batch in flight, before waited for (a device that sleeps; elapsed)"
+    each = 1e3 / sizes.clips
+    return [Row(change, before * each, after * each, "a clip", equality(same))]
+
+
+CHANGES = (sharpness_steps, joined_rows, decoding, scoring, writing)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
