@@ -719,6 +719,7 @@ EVERYWHERE = (
     Prediction(132, "Front end", "bf16, 32", "kernels"),
     Prediction(2_450, "Writing a cache, rows/s", WRITTEN, "the writer"),
     Prediction(0.19, EXTRACTION, "bf16, 32", "main thread, CPU ms a clip"),
+    Prediction(0.95, "Scoring", "bf16, 1", "busy share of the GPU"),
     Prediction(13_000, EPOCHS, "W2VAASIST, fp32", "validation clips/s"),
 )
 WITHIN = 1.25  # up to a quarter more, or as much less, still counts as predicted

@@ -457,6 +457,7 @@ def fastest_without_cache(machine: Machine, row_bytes: float) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = get_parser().parse_args(argv)
+    load = os.getloadavg()[0]
     given = {name for name, value in vars(args).items() if value is not None}
     gpus = {card: estimated(card) for card in (ONE_CONSUMER, ONE_A100, ONE_H100)}
     if args.gpu_results:
@@ -464,19 +465,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpus[estimates.card_of(gpu.card) or gpu.card] = gpu
     with common.scratch_folder() as folder:
         fill_in(args, folder)
-    text = "\n".join(report(args, gpus, given)) + "\n"
+    text = "\n".join(report(args, gpus, given, load)) + "\n"
     with files.atomic_write(args.out) as file:
         file.write(text)
     print(f"{args.out}: written")
 
 
-def report(args: argparse.Namespace, gpus: dict[str, GPU], given: set[str]) -> list[str]:
+def report(
+    args: argparse.Namespace, gpus: dict[str, GPU], given: set[str], load: float
+) -> list[str]:
     here = this_machine(args)
     return [
         "# What the whole job costs",
         "",
         f"Written by `python -m benchmarks.scale`; {os.cpu_count()} cores, {common.cpu_name()}, "
-        f"load average {os.getloadavg()[0]:.1f}, torch {torch.__version__} with "
+        f"load average {load:.1f} before, torch {torch.__version__} with "
         f"{torch.get_num_threads()} threads; "
         f"W2V2-AASIST on xls-r-5, cache in {args.dtype}.",
         "",
@@ -484,7 +487,7 @@ def report(args: argparse.Namespace, gpus: dict[str, GPU], given: set[str]) -> l
         "",
         *whole_table(args, here, gpus),
         "",
-        *notes(args),
+        *notes(args, load),
         "",
         "## Rates",
         "",
@@ -561,17 +564,31 @@ def whole_table(args: argparse.Namespace, here: Machine, gpus: dict[str, GPU]) -
     return table(head, rows)
 
 
-def notes(args: argparse.Namespace) -> list[str]:
+def notes(args: argparse.Namespace, load: float) -> list[str]:
+    """What the table rests on.
+
+    Args:
+        load: load average before anything was measured.
+    """
+    busy = []
+    if load > 1:
+        busy = [
+            f"**This machine was busy (load average {load:.1f} on {os.cpu_count()} cores): the "
+            "hours in its own lines are too many. Run the script again when nothing else runs.**",
+            "",
+        ]
     return [
+        *busy,
         f"Codecfake's training and development sets, {EPOCHS} epochs, twelve test subsets. "
         "*est*: by the arithmetic of benchmarks/estimates.py, not measured. Of the machines with a "
         f"GPU, {args.gpu_cores:g} cores with {args.workers:g} decoding workers are assumed to be "
         "as fast as cores here.",
         "",
         "Resources work side by side, so the slowest is the duration; front end and head share a "
-        "GPU and add up, and without a GPU all but the disk share the cores. SAM doubles the "
+        "GPU and add up, and without a GPU all but the disk share the cores. Scoring has the next "
+        "batch ready when one is computed. bf16 is computed with fused norms. SAM doubles the "
         "arithmetic of training. Sequential and random access are taken to be equally fast; "
-        "start-up is left out, and so is --compile. bf16 is computed with fused norms.",
+        "start-up and --compile are left out.",
     ]
 
 
