@@ -77,8 +77,11 @@ class TimeMajorEncoder(nn.Module):
         """
         norm = self.convs[0].norm
         try:
+            import torch._inductor.config as settings  # takes a second
+
             fused = torch.compile(norm_and_gelu, dynamic=True, backend=backend)
-            with torch.inference_mode():  # as features are computed: compiled here, not later
+            # Compiled here and not later, as features are computed; one kernel needs one process.
+            with torch.inference_mode(), settings.patch(compile_threads=1):
                 rows = torch.zeros(
                     64, len(norm.weight), dtype=self.dtype, device=norm.weight.device
                 )
