@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, make_codecfake
+from conftest import REPO, make_codecfake, write_tone
 from on_ranks import NORMS, comparable, norm_inputs
 
 import generate_score
@@ -425,14 +425,13 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
                 "{}",
                 "--max_failed",
                 10,
-                "--skip_missing",
                 "-f",
                 "{}/f",
                 "--batch_size",
                 2,
                 *CPU,
             ],
-            "3 of 12 files cannot be read, more than",
+            "2 of 12 files cannot be read, more than",
         ),
         (
             ["preprocess.py", "--feat", "mel", "-d", "{}/nowhere", "-f", "{}/f", *CPU],
@@ -444,6 +443,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatc
 def test_a_mistake_ends_all_ranks_in_one_line(tmp_path: Path, command: list, message: str) -> None:
     """Whether one rank meets it, or all do; torchrun adds its own report."""
     damaged_codecfake(tmp_path)
+    write_tone(tmp_path / "train/strain_003.wav")  # nothing is absent
     outcome = torchrun(tmp_path / "logs", *(str(word).format(tmp_path) for word in command))
     err = "".join(outcome.err)
     assert outcome.code == 1 and re.search(r"exitcode\s*: 2", outcome.report), err + outcome.report
