@@ -136,13 +136,14 @@ def _add_online_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--skip_missing",
         action="store_true",
-        help="go on without files that the protocol names but that are absent",
+        help="go on without files that are absent or unreadable, however many",
     )
     add(
         "--max_failed",
         type=cli.percent,
         metavar="PERCENT",
-        help=f"stop when more of the files cannot be read (default: {MAX_FAILED} %%)",
+        help="stop when more of the files cannot be read; not with --skip_missing (default: "
+        f"{MAX_FAILED} %%)",
     )
 
 
@@ -426,7 +427,8 @@ def readable_trials(
         InputError: more files than --max_failed allows cannot be read.
     """
     failures, rates = read_every_file(args, what, trials)
-    n_allowed = int((len(trials) + n_missing) * args.max_failed / 100)
+    max_failed = 100 if args.skip_missing else args.max_failed
+    n_allowed = int((len(trials) + n_missing) * max_failed / 100)
     first = next(iter(failures.values()), "")
     if len(failures) > n_allowed or len(failures) == len(trials):
         raise InputError(
