@@ -92,9 +92,7 @@ def pick_device(gpu: int | None) -> torch.device:
 
 def _count_gpus() -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what torch says of an old driver is said in a line of ours
+        warnings.simplefilter("ignore")  # of an old driver: warn_of_cpu() says that
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
