@@ -46,9 +46,9 @@ def refuse_utf16(path: str | Path, start: bytes) -> None:
     """Raise InputError where a text begins as UTF-16 does, which some editors save as "Unicode".
 
     Args:
-        start: the first bytes of the file; a NUL among them is no text of a byte a letter.
+        start: the first bytes of the file; of ASCII in UTF-16, half of them are NUL.
     """
-    if start.startswith(UTF16_MARKS) or b"\0" in start:
+    if start.startswith(UTF16_MARKS) or 3 * start.count(0) > len(start):
         raise InputError(
             f"{path}: expected UTF-8, this looks like UTF-16; save it as UTF-8 (iconv -f UTF-16 -t "
             "UTF-8)"

@@ -366,7 +366,9 @@ def test_the_dev_loss_is_that_of_the_whole_set(features, tmp_path: Path) -> None
 def test_a_used_folder_is_never_overwritten(features, tmp_path: Path) -> None:
     out = train(features, tmp_path / "run", "--num_epochs", "1", task="19LA")
     before = weights(out)
-    with pytest.raises(InputError, match="not empty, and a finished run is never overwritten"):
+    with pytest.raises(
+        InputError, match=r"not empty \(.*\), and no run is ever overwritten; .*--continue_training"
+    ):
         train(features, out, "--num_epochs", "1", task="19LA")
     with pytest.raises(InputError, match="was trained with lr 0.0005, now it is 0.1"):
         train(features, out, "--num_epochs", "2", "--continue_training", "--lr", "0.1", task="19LA")
