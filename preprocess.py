@@ -238,7 +238,7 @@ def prepare_cache(
             cli.echo(f"{folder / name}: damaged; made anew")
     writer = open_cache(args, folder, trials, front_end)
     try:
-        writer.layout.check_shards()
+        writer.layout.check_shards(np.arange(len(trials)))
         if not writer.records_resampler():
             require_16_khz(writer)
         if args.repair:

@@ -282,9 +282,9 @@ class _Layout:
             )
         return descriptor
 
-    def check_shards(self) -> None:
-        """Raise InputError where a shard is missing or has not the size and header it must have."""
-        for shard in range(self.n_shards()):
+    def check_shards(self, rows: np.ndarray) -> None:
+        """Raise InputError where a shard of these rows is missing, or of another size or header."""
+        for shard in np.unique(rows // self.rows_per_shard).tolist():
             os.close(self._open_shard(shard, os.O_RDONLY))
 
     def close(self) -> None:
@@ -832,7 +832,7 @@ class FeatureCache:
                     f"{self.folder}: {count} of {len(self.states)} rows are {what}; run "
                     f"preprocess.py{remedy} with the same options to finish it"
                 )
-        self.layout.check_shards()
+        self.layout.check_shards(self.usable)
 
     def check_protocol(self, trials: Sequence[Trial]) -> None:
         """Raise InputError where the cache was made from another list of trials."""

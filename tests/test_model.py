@@ -577,4 +577,4 @@ def test_bfloat16_without_the_arithmetic_is_said(
     )
     devices.set_precision("bf16", torch.device("cuda:0"))
     said = capsys.readouterr().out
-    assert ("GPU has no bfloat16" in said) is not has_bf16
+    assert ("GPU has no fast bfloat16" in said) is not has_bf16

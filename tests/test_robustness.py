@@ -578,9 +578,8 @@ def test_a_full_disk_leaves_the_older_file(tmp_path: Path) -> None:
         ):
             torch_files.save(path, {"x": torch.ones(10)})
         assert path.read_bytes() == whole and not path.with_name("x.pt.part").exists()
-        assert cli.describe(caught.value).startswith(
-            str(path)
-        ) and "free some space and run the same command again" in cli.describe(caught.value)
+        said = cli.describe(caught.value)
+        assert said.startswith(str(path)) and "free some space, then" in said
 
 
 # ── Determinism ──
