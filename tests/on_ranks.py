@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ def interrupted(folder: Path, lines: str) -> None:
 
 def norm_inputs(kind: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A layer with weights, its global batch, and the factors that make a loss of its output."""
-    layer, shape = NORMS[kind]
+    layer, shape = copy.deepcopy(NORMS[kind])
     torch.manual_seed(len(kind))
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
