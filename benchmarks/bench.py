@@ -504,14 +504,8 @@ def _score_here(
 
     def run() -> None:
         with silence():
-            scores[:] = [
-                generate_score.to_scores(
-                    next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))[0][
-                        :, 0
-                    ],
-                    llr=False,
-                )
-            ]
+            scored = next(scorer.score_files({"bench": paths or s.paths}, args.num_workers))
+            scores[:] = [generate_score.to_scores(scored.logits[:, 0], llr=False)]
 
     (seconds,) = common.in_turns(run, repeats=s.repeats)
     return seconds, scores[0]
