@@ -499,7 +499,8 @@ def _score_here(
     s: Setting, precision: str, heads: int, paths: Sequence[str] | None = None
 ) -> tuple[float, np.ndarray]:
     args = generate_score.parse(["-t", "ITW", "--gpu", str(s.gpu), "--precision", precision])
-    scorer = generate_score.Scorer(args, common.make_heads(s.ssl, heads))
+    with silence():
+        scorer = generate_score.Scorer(args, common.make_heads(s.ssl, heads))
     scores: list[np.ndarray] = []
 
     def run() -> None:
@@ -549,7 +550,8 @@ def _score_subsets(s: Setting, half: int) -> tuple[float, float]:
             soundfile.write(path, rng.normal(0, 0.1, CLIP_SAMPLES), SAMPLE_RATE, subtype="PCM_16")
         subsets[f"C{subset + 1}"] = [*s.paths[:half], *fakes]
     args = generate_score.parse(["-t", "codecfake", "--gpu", str(s.gpu)])
-    scorer = generate_score.Scorer(args, common.make_heads(s.ssl, 1))
+    with silence():
+        scorer = generate_score.Scorer(args, common.make_heads(s.ssl, 1))
 
     def run(*together: dict[str, list[str]]) -> None:
         with silence():
