@@ -53,7 +53,8 @@ test: .venv/.ready
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist worksteal $(TESTS)
 
 bench: .venv/.ready
-	for script in bench before_after bench_writer bench_lcnn bench_openvino bench_parity bench_scale; do \
+	for script in bench before_after bench_writer bench_lcnn bench_openvino bench_parity \
+	    bench_scale; do \
 	  echo "python -m benchmarks.$$script" >&2; \
 	  python -m benchmarks.$$script; \
 	  echo; \
