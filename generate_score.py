@@ -191,6 +191,11 @@ class Scored:
         """Of files that are still to be scored."""
         return cls(np.full((n_files, n_heads, 2), np.nan), decoders=[""] * n_files)
 
+    @property
+    def known(self) -> np.ndarray:
+        """(N,) whether all heads' logits of a file are known."""
+        return ~np.isnan(self.logits).any(axis=(1, 2))
+
 
 Keep = Callable[[str, Scored], None]
 
@@ -263,13 +268,13 @@ class Scorer:
         }
         return json.dumps(about, sort_keys=True)
 
-    def logits(self, clips: Tensor) -> np.ndarray:
-        """Clips (B, 64600), B up to the batch size -> logits (B, heads, 2) float64."""
-        return self.start(clips)()
-
     @torch.inference_mode()
     def start(self, clips: Tensor) -> Callable[[], np.ndarray]:
-        """Start computing logits(); returns a function that waits for them."""
+        """Start computing the logits of clips (B, 64600), B up to the batch size.
+
+        Returns:
+            A function that waits for them: (B, heads, 2) float64.
+        """
         with devices.memory_advice(self.batch_size):
             padded = devices.pad_batch(clips, self.batch_size, self.device)
             features = {key: front_end(padded) for key, front_end in self.front_ends.items()}
@@ -339,6 +344,12 @@ class Scorer:
         digests: list[bytes | None] = [None] * len(part.rows)  # of each file's clip
         kept_at = time.monotonic()
         n_finished = ranks.SharedCounter()
+
+        def keep_what_is_known() -> None:
+            if keep:
+                computed.fill(scored, digests)
+                keep(part.label, scored)
+
         with tqdm(
             total=len(part.rows), unit="clip", desc=part.label, disable=not ranks.is_first()
         ) as bar:
@@ -347,15 +358,12 @@ class Scorer:
                     batch = next(decoded)
                     self._take(part, batch, scored, digests, computed)
                     bar.update(n_finished.add(len(batch.rows) + len(batch.failures)) - bar.n)
-                    if keep and time.monotonic() - kept_at > KEEP_EVERY:
-                        computed.fill(scored, digests)
-                        keep(part.label, scored)
+                    if time.monotonic() - kept_at > KEEP_EVERY:
+                        keep_what_is_known()
                         kept_at = time.monotonic()
                 computed.finish()
             except BaseException:
-                computed.fill(scored, digests)
-                if keep:
-                    keep(part.label, scored)
+                keep_what_is_known()
                 raise
             ranks.barrier(lambda: bar.update(n_finished.add() - bar.n))
             bar.update(n_finished.add() - bar.n)
@@ -540,22 +548,26 @@ def score_corpus(args: argparse.Namespace, heads: dict[str, nn.Module]) -> None:
 def read_kept(subset: Subset, targets: Sequence[Target], scorer: Scorer) -> Scored:
     """What an earlier run kept of all heads; NaN for the other trials."""
     found = Scored.nothing(len(subset.trials), len(targets))
-    for number, target in enumerate(targets):
-        known: dict[str, Kept] = {}
+    stores: list[dict[str, Kept]] = []
+    for target, made_by in zip(targets, scorer.made_by, strict=True):
+        stores.append({})
         for path in partial_scores.partial_paths(target.folder, subset.name):
-            known |= partial_scores.read_partial(path, scorer.made_by[number])
-        for row, trial in enumerate(subset.trials):
-            kept = known.get(partial_scores.key_of(trial)) if known else None
-            if kept:
-                found.logits[row, number] = kept.logits
-                found.decoders[row] = kept.decoder
-    found.logits[np.isnan(found.logits).any(axis=(1, 2))] = np.nan
+            stores[-1] |= partial_scores.read_partial(path, made_by)
+    if not all(stores):
+        return found
+    for row, trial in enumerate(subset.trials):
+        key = partial_scores.key_of(trial)
+        for number, store in enumerate(stores):
+            if key in store:
+                found.logits[row, number] = store[key].logits
+                found.decoders[row] = store[key].decoder
+    found.logits[~found.known] = np.nan
     return found
 
 
 def keep_scores(subset: Subset, scored: Scored, targets: Sequence[Target], scorer: Scorer) -> None:
     """Store what is known of a subset that is not finished, for the next run."""
-    rows = np.flatnonzero(~np.isnan(scored.logits).any(axis=(1, 2))).tolist()
+    rows = np.flatnonzero(scored.known).tolist()
     keys = {row: partial_scores.key_of(subset.trials[row]) for row in rows}
     for number, target in enumerate(targets):
         path = partial_scores.partial_path(target.folder, subset.name, ranks.rank())
@@ -565,7 +577,7 @@ def keep_scores(subset: Subset, scored: Scored, targets: Sequence[Target], score
 
 def unknown_rows(scored: Scored) -> np.ndarray:
     """Trials that are still to be scored."""
-    return np.flatnonzero(np.isnan(scored.logits).any(axis=(1, 2)))
+    return np.flatnonzero(~scored.known)
 
 
 def with_kept(scored: Scored, kept: Scored) -> Scored:

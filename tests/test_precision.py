@@ -132,7 +132,7 @@ def test_a_head_that_hides_an_infinity_gives_no_score(
     monkeypatch.setattr(model.LCNN, "forward", lambda self, features: (None, logits))
     args = generate_score.parse(["-t", "ITW", *CPU, "--precision", "fp16"])
     scorer = generate_score.Scorer(args, {"head": model.load_head(tmp_path)})
-    found = scorer.logits(torch.zeros(3, 64_600))
+    found = scorer.start(torch.zeros(3, 64_600))()
     assert np.isnan(found).all(axis=(1, 2)).tolist() == [False, False, True]
     assert (found[:2] == 1).all()
 
