@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 import numpy as np
@@ -62,14 +61,8 @@ class Row:
 
 def processor_ms(before: Callable, after: Callable, repeats: int) -> tuple[float, float]:
     """Median milliseconds of the processor of two ways, in turns after one run to warm up."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for number in range(repeats + 1):
-        for way, times in zip((before, after), taken, strict=True):
-            start = time.process_time()
-            way()
-            if number:
-                times.append(1e3 * (time.process_time() - start))
-    return median(taken[0]), median(taken[1])
+    first, second = common.in_turns(before, after, repeats=repeats, clock=time.process_time)
+    return 1e3 * first, 1e3 * second
 
 
 # ── Changes ──────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,6 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,15 +32,8 @@ CPU = torch.device("cpu")
 # ── Other ways ───────────────────────────────────────────────────────────────────────────────────
 
 
-class _MaxOfHalvesInPlace(torch.autograd.Function):
+class _MaxOfHalvesInPlace(model._MaxOfHalves):
     """model.py's maximum of halves, its gradient in the layout of what came in."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=1)
-        from_first = first >= second
-        ctx.save_for_backward(from_first)
-        return torch.maximum(first, second)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -142,22 +134,21 @@ def measure(feat: str, batch: int, repeats: int) -> list[str]:
     features = torch.randn(batch, *FEATURE_SHAPES[feat])
     labels = torch.arange(batch) % 2
     ways = [way for way in WAYS if way[2] == "fp32" or devices.has_bf16(CPU)]
-    heads = [build("lcnn", feat, change) for _, change, _ in ways]
-    losses = [
-        float(step(head, features, labels, precision))
-        for head, (_, _, precision) in zip(heads, ways, strict=True)
-    ]
-    taken: list[list[float]] = [[] for _ in ways]
-    for _ in range(repeats):
-        for head, (_, _, precision), times in zip(heads, ways, taken, strict=True):
-            start = time.process_time()
-            step(head, features, labels, precision)
-            times.append((time.process_time() - start) / batch)
-    first = median(taken[0])
+    losses: dict[str, float] = {}
+
+    def task(name: str, head: nn.Module, precision: str) -> Callable[[], None]:
+        def run() -> None:
+            losses[name] = float(step(head, features, labels, precision))
+
+        return run
+
+    tasks = [task(name, build("lcnn", feat, change), kind) for name, change, kind in ways]
+    seconds = common.in_turns(*tasks, repeats=repeats, clock=time.process_time)
+    plain = losses[ways[0][0]]
     return [
-        f"| {feat} | {name} | {1e3 * median(times):.0f} | {first / median(times):.2f} | "
-        f"{abs(loss / losses[0] - 1):.0e} |"
-        for (name, _, _), times, loss in zip(ways, taken, losses, strict=True)
+        f"| {feat} | {name} | {1e3 * taken / batch:.0f} | {seconds[0] / taken:.2f} | "
+        f"{abs(losses[name] / plain - 1):.0e} |"
+        for (name, _, _), taken in zip(ways, seconds, strict=True)
     ]
 
 

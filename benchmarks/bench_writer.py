@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 import preprocess
+from benchmarks import common
 from benchmarks.plain import PlainWriter
 from dataset import FEATURE_SHAPES, REAL, Trial
 from formats.feature_cache import CacheWriter, encode
@@ -63,12 +63,10 @@ def measure(shape: tuple[int, int], n_rows: int, repeats: int) -> dict[str, floa
         "the writer": write,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    scratch = Path(__file__).parents[1] / "data"  # not on a /tmp that may be memory
-    scratch.mkdir(exist_ok=True)
     for _ in range(repeats + 1):
         for name, way in ways.items():
-            with tempfile.TemporaryDirectory(dir=scratch) as folder:
-                seconds[name].append(way(Path(folder), batches, n_rows))
+            with common.scratch_folder() as folder:
+                seconds[name].append(way(folder, batches, n_rows))
     return {name: n_rows / median(taken[1:]) for name, taken in seconds.items()}
 
 

@@ -101,20 +101,25 @@ def make_heads(ssl: str, count: int) -> dict[str, nn.Module]:
 # ── Time ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def in_turns(*tasks: Callable[[], Any], repeats: int) -> list[float]:
+def in_turns(
+    *tasks: Callable[[], Any], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Median seconds of each task after one run to warm up; several take turns, so that a machine's
     moods meet them alike.
+
+    Args:
+        clock: time.process_time for the processor's time.
     """
     seconds: list[list[float]] = [[] for _ in tasks]
     for task in tasks:
         task()
     for _ in range(repeats):
         for taken, task in zip(seconds, tasks, strict=True):
-            start = time.perf_counter()
+            start = clock()
             task()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
     return [median(taken) for taken in seconds]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CLIP_GFLOP = 46.2
 ROW_BYTES = 411_648  # (201, 1024) in float16
 
 
