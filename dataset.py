@@ -23,15 +23,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import frontends
-from formats import audio, torch_files
+from formats import audio, protocols, torch_files
 from formats.audio import CLIP_SAMPLES, SAMPLE_RATE, load_clip
 from formats.decoders import FFMPEG
 from formats.feature_cache import EIGHT_BITS, FeatureCache, decode_codes
 from formats.protocols import FAKE, REAL, Trial, read_protocol
 from frontends import FEATURE_SHAPES, FrontEnd
-from runtime import cli, devices, limits
+from runtime import cli, devices, limits, ranks
 from runtime.cli import InputError
 
 __all__ = [
@@ -54,6 +55,7 @@ CO_TRAIN_FOLDERS = {"codecfake": "Codecfake", "19LA": "LA"}  # below -d
 CPU = torch.device("cpu")
 CLIP_BYTES = 4 * CLIP_SAMPLES
 PREFETCHED = 2  # batches that a worker makes ahead
+CLIPS_A_READ = 32  # of a batch where files are only looked at
 FAULT_LENGTH = 256  # bytes
 
 
@@ -249,6 +251,49 @@ def _say_nothing(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     pass
+
+
+def absent_trials(trials: Sequence[Trial], skip_missing: bool) -> set[Trial]:
+    """The trials whose files are not there, once a note has said so.
+
+    Raises:
+        InputError: there are some without --skip_missing, or all of them are absent.
+    """
+    missing = ranks.broadcast(lambda: protocols.find_missing(trials))
+    if missing:
+        line = protocols.describe_missing(missing, len(trials))
+        if not skip_missing or len(missing) == len(trials):
+            raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
+        cli.echo(f"note: {line}; going on without them")
+    return set(missing)
+
+
+def read_every_file(
+    paths: Sequence[str], num_workers: int, what: str
+) -> tuple[dict[int, str], Counter]:
+    """Decode every file once, each rank its share.
+
+    Args:
+        what: on the progress bar.
+
+    Returns:
+        Row -> one line on a file that cannot be read, in order; and how many of the others are at
+        each sampling rate in Hz.
+    """
+    rows = range(len(paths))
+    batches = [rows[first : first + CLIPS_A_READ] for first in rows[::CLIPS_A_READ]]
+    failures: dict[int, str] = {}
+    rates: Counter = Counter()
+    with tqdm(
+        total=len(rows), unit="file", desc=what, leave=False, disable=not ranks.is_first()
+    ) as bar:
+        for batch in clip_batches(paths, ranks.shard(batches), num_workers):
+            failures |= batch.failures
+            rates.update(batch.rates)
+            bar.update(ranks.size() * (len(batch.rows) + len(batch.failures)))
+    of_all = ranks.gather((failures, rates))
+    failures = {row: why for of_rank, _ in of_all for row, why in of_rank.items()}
+    return dict(sorted(failures.items())), sum((rates for _, rates in of_all), Counter())
 
 
 def describe_rates(rates: Counter) -> str | None:

@@ -25,7 +25,7 @@ import argparse
 import json
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ import eval_metrics
 import frontends
 import model
 from dataset import FAKE, REAL, AudioPart, JoinedFeatures, OnlineFeatures, Trial
-from formats import protocols, torch_files, training_state
+from formats import torch_files, training_state
 from formats.training_state import Progress, TrainingState
 from runtime import devices, ranks
 from runtime.cli import InputError
@@ -53,12 +53,10 @@ from runtime.provenance import run_info
 
 CLASS_WEIGHTS = (10.0, 1.0)  # real, fake: Codecfake has six fakes a real clip
 WEIGHT_DECAY = 5e-4  # Adam's own: L2 in the gradient
-MAX_FAILED = 0.1  # percent of a part's files, as in preprocess.py
 COMPILER = "inductor"  # of torch.compile
 STEPS_AHEAD = {"cpu": 0, "cuda": 1}  # that are queued before the loss of a step is looked at
 SAVE_EVERY = 600  # seconds; what a kill in the middle of an epoch costs at most
 STATE_FILE = "last_state.pt"
-CLIPS_A_READ = 32  # clips that a process decodes before it hands them on
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────
@@ -125,26 +123,14 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def _add_online_options(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
+    group.add_argument(
         "--online",
         action="store_true",
         help="compute the features from the audio under -d in every epoch, instead of reading a "
         "cache; the same rows, order and numbers as from a float32 cache. Every file is read once "
         "before the first epoch: those that cannot be read are left out",
     )
-    add(
-        "--skip_missing",
-        action="store_true",
-        help="go on without files that are absent or unreadable, however many",
-    )
-    add(
-        "--max_failed",
-        type=cli.percent,
-        metavar="PERCENT",
-        help="stop when more of the files cannot be read; not with --skip_missing (default: "
-        f"{MAX_FAILED} %%)",
-    )
+    cli.add_fault_options(group, None)
 
 
 def _add_optimiser_options(group: argparse._ArgumentGroup) -> None:
@@ -266,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             "head a GPU with --gpu"
         )
     if args.max_failed is None:
-        args.max_failed = MAX_FAILED
+        args.max_failed = cli.MAX_FAILED
     return args
 
 
@@ -385,10 +371,11 @@ def open_audio(
     keys = [(part, task) for part in ("train", "dev") for task in tasks]
     present = {(part, task): present_trials(args, task, part) for part, task in keys}
     network = frontends.load_frontend(args.feat, args.ssl, args.precision).to(device)
+    of_no_trial = AudioPart(corpus_folder(args, tasks[0]), [], network, args.precision)
+    dataset.check_size(of_no_trial, args.feat)  # before every file is read
     parts: dict[str, list[AudioPart]] = {"train": [], "dev": []}
     for (part, task), (trials, n_missing) in present.items():
         folder = corpus_folder(args, task)
-        dataset.check_size(AudioPart(folder, trials, network, args.precision), args.feat)
         trials = readable_trials(args, f"{task} {part}", trials, n_missing)
         parts[part].append(AudioPart(folder, trials, network, args.precision))
     train, dev = (
@@ -405,14 +392,9 @@ def corpus_folder(args: argparse.Namespace, task: str) -> Path:
 def present_trials(args: argparse.Namespace, task: str, part: str) -> tuple[list[Trial], int]:
     """The trials whose files are there, and how many are not, which --skip_missing has to allow."""
     trials = dataset.read_protocol(task, corpus_folder(args, task), part)
-    missing = ranks.broadcast(lambda: protocols.find_missing(trials))
-    if not missing:
+    missing = dataset.absent_trials(trials, args.skip_missing)
+    if not missing:  # a million trials are not hashed for nothing
         return trials, 0
-    line = protocols.describe_missing(missing, len(trials))
-    if not args.skip_missing or len(missing) == len(trials):
-        raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
-    cli.echo(f"note: {line}; going on without them")
-    missing = set(missing)
     return [trial for trial in trials if trial not in missing], len(missing)
 
 
@@ -426,7 +408,8 @@ def readable_trials(
     Raises:
         InputError: more files than --max_failed allows cannot be read.
     """
-    failures, rates = read_every_file(args, what, trials)
+    paths = [trial.path for trial in trials]
+    failures, rates = dataset.read_every_file(paths, args.num_workers, f"reading {what}")
     max_failed = 100 if args.skip_missing else args.max_failed
     n_allowed = int((len(trials) + n_missing) * max_failed / 100)
     first = next(iter(failures.values()), "")
@@ -443,34 +426,6 @@ def readable_trials(
     if note := dataset.describe_rates(rates):
         cli.echo(note)
     return [trial for row, trial in enumerate(trials) if row not in failures]
-
-
-def read_every_file(
-    args: argparse.Namespace, what: str, trials: list[Trial]
-) -> tuple[dict[int, str], Counter]:
-    """Row -> what is wrong with its file, of those that cannot be read; files of each rate in Hz.
-
-    Each rank reads its share.
-    """
-    rows = list(range(len(trials)))
-    batches = [rows[first : first + CLIPS_A_READ] for first in rows[::CLIPS_A_READ]]
-    paths = [trial.path for trial in trials]
-    failures: dict[int, str] = {}
-    rates: Counter = Counter()
-    with tqdm(
-        total=len(rows),
-        unit="file",
-        desc=f"reading {what}",
-        leave=False,
-        disable=not ranks.is_first(),
-    ) as bar:
-        for batch in dataset.clip_batches(paths, ranks.shard(batches), args.num_workers):
-            failures |= batch.failures
-            rates.update(batch.rates)
-            bar.update(ranks.size() * (len(batch.rows) + len(batch.failures)))
-    of_all = ranks.gather((failures, rates))
-    failures = {row: why for of_rank, _ in of_all for row, why in of_rank.items()}
-    return dict(sorted(failures.items())), sum((rates for _, rates in of_all), Counter())
 
 
 def settings_of(

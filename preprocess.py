@@ -99,20 +99,8 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def _add_fault_options(group: argparse._ArgumentGroup) -> None:
+    cli.add_fault_options(group, cli.MAX_FAILED)
     add = group.add_argument
-    add(
-        "--skip_missing",
-        action="store_true",
-        help="go on without files that are absent or unreadable, however many",
-    )
-    add(
-        "--max_failed",
-        type=cli.percent,
-        default=0.1,
-        metavar="PERCENT",
-        help="stop when more of the files cannot be read; not with --skip_missing (default: "
-        "%(default)s %%)",
-    )
     add("--verify", action="store_true", help="check every row of an existing cache instead")
     add(
         "--check",
@@ -219,13 +207,7 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> str:
 def readable_trials(args: argparse.Namespace, part: str) -> tuple[list[Trial], set[int]]:
     """The part's trials and the rows whose files are absent, which --skip_missing has to allow."""
     trials = dataset.read_protocol(args.task, args.path_to_database, part)
-    missing = ranks.broadcast(lambda: protocols.find_missing(trials))
-    if missing:
-        line = protocols.describe_missing(missing, len(trials))
-        if not args.skip_missing or len(missing) == len(trials):
-            raise InputError(f"{line}; fetch them, or go on without them with --skip_missing")
-        cli.echo(f"note: {line}; going on without them")
-    missing = set(missing)
+    missing = dataset.absent_trials(trials, args.skip_missing)
     return trials, {row for row, trial in enumerate(trials) if trial in missing}
 
 
@@ -296,7 +278,7 @@ def refuse_other_cache(
     """Raise InputError where the part's folder holds features of something else."""
     made_by, shape = describe_rows(args, front_end)
     wanted = feature_cache.describe(trials, made_by, shape, args.dtype, {"task": args.task})
-    ranks.broadcast(lambda: feature_cache.refuse_other(cache_folder(args, part), wanted))
+    ranks.broadcast(lambda: feature_cache.holds(cache_folder(args, part), wanted))
 
 
 @dataclass(frozen=True)
@@ -594,15 +576,8 @@ def read_sample(part: downloads.Part, args: argparse.Namespace) -> tuple[Counter
     paths = part.present
     if not args.all and len(paths) > CHECK_SAMPLE:
         paths = random.Random(0).sample(paths, CHECK_SAMPLE)
-    batches = [range(first, min(first + 32, len(paths))) for first in range(0, len(paths), 32)]
-    rates: Counter = Counter()
-    unreadable: list[str] = []
-    with tqdm(total=len(paths), unit="file", desc=part.name, leave=False) as bar:
-        for batch in dataset.clip_batches(paths, batches, args.num_workers):
-            rates.update(batch.rates)
-            unreadable += batch.failures.values()
-            bar.update(len(batch.rows) + len(batch.failures))
-    return rates, unreadable
+    failures, rates = dataset.read_every_file(paths, args.num_workers, part.name)
+    return rates, list(failures.values())
 
 
 def describe_release(task: str, rates: Counter) -> str:

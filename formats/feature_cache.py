@@ -379,12 +379,8 @@ class CacheWriter:
     ):
         self.folder, self.trials = Path(folder), trials
         meta = describe(trials, front_end, shape, dtype, about)
-        refuse_other(self.folder, meta)
-        is_there = (self.folder / "cache.json").exists()
-        if is_there and _difference(_read_meta(self.folder), meta):
-            remove(self.folder)  # it has no rows
-            is_there = False
-        if not is_there:
+        if not holds(self.folder, meta):
+            remove(self.folder)  # it has no rows, if it is there
             _create(self.folder, meta | {"crc32": _sealed(meta)}, _trials_text(trials))
         self.layout = _Layout(self.folder, _read_meta(self.folder))
         self._resampler = None
@@ -725,20 +721,24 @@ def describe(
     }
 
 
-def refuse_other(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise InputError where the folder holds rows of another cache than what is wanted.
+def holds(folder: Path, wanted: dict[str, Any]) -> bool:
+    """Whether the folder holds the cache that is wanted; not so where there is one without rows.
 
     Args:
         wanted: by describe().
+
+    Raises:
+        InputError: it holds rows of another cache.
     """
     if not (folder / "cache.json").exists():
-        return
+        return False
     difference = _difference(_read_meta(folder), wanted)
     if difference and has_rows(folder):
         raise InputError(
             f"{folder}: holds a cache with {difference}; choose another folder with -f (-f1 for "
             "19LA), or move the old cache away"
         )
+    return difference is None
 
 
 # What decides the rows of a cache, beside its front end.
@@ -768,7 +768,11 @@ def has_rows(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Take a cache away, cache.json first; the lock and what is not of a cache stay."""
+    """Take away the cache in a folder, if there is one, cache.json first; the lock and what is not
+    of a cache stay.
+    """
+    if not (folder / "cache.json").exists():
+        return
     (folder / "cache.json").unlink()
     for name in sorted(os.listdir(folder)):
         if name != ".lock" and OWN_FILES.fullmatch(name):

@@ -349,9 +349,7 @@ def _lines(protocol: Path) -> Iterator[tuple[int, str]]:
     Never holds more than LONGEST_ROW of a line.
     """
     row = 0
-    with open(protocol, "rb") as file:
-        files.refuse_utf16(protocol, file.read(64))
-    with open(protocol, encoding="utf-8-sig", newline=None) as file:
+    with files.open_text(protocol) as file:
         try:
             while line := file.readline(LONGEST_ROW + 1):
                 row += 1

@@ -194,10 +194,8 @@ def _protocol_rows(path: Path) -> Iterator[Row]:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as start:
-        files.refuse_utf16(path, start.read(64))
     try:
-        with open(path, encoding="utf-8-sig", newline=None) as file:
+        with files.open_text(path) as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line.rstrip("\n")

@@ -28,6 +28,7 @@ CORPUS_FOLDERS = {
 FEATURE_FOLDERS = {"codecfake": Path("features/Codecfake"), "19LA": Path("features/LA")}
 MODEL_FOLDER = Path("models/try")
 RESULT_FOLDER = Path("result")
+MAX_FAILED = 0.1  # percent of a part's files that may be unreadable
 
 
 class InputError(ValueError):
@@ -220,6 +221,27 @@ def feature_folder(args: argparse.Namespace, task: str, alone: bool) -> Path:
     if task == "19LA" and alone:
         given[task] = given[task] or args.path_to_features
     return given[task] or FEATURE_FOLDERS[task]
+
+
+def add_fault_options(group: argparse._ArgumentGroup, max_failed: float | None) -> None:
+    """--skip_missing and --max_failed, of scripts that read a whole corpus.
+
+    Args:
+        max_failed: the value where --max_failed is not given; MAX_FAILED is what then holds.
+    """
+    group.add_argument(
+        "--skip_missing",
+        action="store_true",
+        help="go on without files that are absent or unreadable, however many",
+    )
+    group.add_argument(
+        "--max_failed",
+        type=percent,
+        default=max_failed,
+        metavar="PERCENT",
+        help="stop when more of the files cannot be read; not with --skip_missing (default: "
+        f"{MAX_FAILED} %%)",
+    )
 
 
 def add_compute_options(

@@ -42,6 +42,16 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
+def open_text(path: str | Path) -> IO[str]:
+    """A text file for reading, whatever ends its lines and with or without a byte-order mark.
+
+    Raises InputError as refuse_utf16().
+    """
+    with open(path, "rb") as file:
+        refuse_utf16(path, file.read(64))
+    return open(path, encoding="utf-8-sig", newline=None)
+
+
 def refuse_utf16(path: str | Path, start: bytes) -> None:
     """Raise InputError where a text begins as UTF-16 does, which some editors save as "Unicode".
 
